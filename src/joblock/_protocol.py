@@ -1,0 +1,248 @@
+"""The lock itself, written once, as coroutines over an async store. Nothing else decides.
+
+The rules it keeps on a conditional store:
+
+- A record is written only over nothing, over what is no record, or over an expired record, and
+  only if the store confirms that this very version is still there.
+- A record is renewed or removed only by the job whose id it has, under the same confirmation;
+  only a release without a job id removes whatever is there.
+- A refused write decides nothing: the record is read again, a bounded number of times.
+- Whether a record is live is judged by a clock that is read after the record, and a deadline is
+  set by a clock that is read immediately before its write.
+
+On a plain store it does what the JavaScript original does, call for call: read, then write.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+
+from .errors import InvalidIdError, StoreContentionError
+from .record import JobLockRecord, as_number, as_text, job_lock_key
+from .results import Acquired, Held, Lost, ReleaseResult, Renewed
+from .store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
+
+JOB_LOCK_TTL_MS = 16 * 60 * 1000
+"""Milliseconds: just past the 15 minutes that the original's background functions may run."""
+
+# Every refusal means that another client's write went through, so a few rounds are plenty. The
+# bound is there for a store that refuses for ever.
+ROUNDS = 16
+
+ACQUIRE_NEEDS = RENEW_NEEDS = ("get", "set")
+PEEK_NEEDS = ("get",)
+
+
+def release_needs(expected_job_id: str | None) -> tuple[str, ...]:
+    return ("delete",) if expected_job_id is None else ("get", "delete")
+
+
+async def acquire(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    actor_uid: str | None,
+    chunks_to_embed: float | None,
+    estimated_seconds: float | None,
+    reason: str | None,
+    ttl_ms: float,
+    clock_skew_ms: float,
+    clock: Callable[[], float],
+    uuid_factory: Callable[[], uuid.UUID | str],
+) -> Acquired | Held:
+    key = job_lock_key(canister_uid, vault_id)
+    _check_skew(clock_skew_ms)
+
+    def new_record(job_id: str, now_ms: float) -> JobLockRecord:
+        return JobLockRecord(
+            job_id=job_id,
+            canister_uid=canister_uid,
+            vault_id=vault_id,
+            actor_uid=as_text(actor_uid),
+            chunks_to_embed=as_number(chunks_to_embed),
+            estimated_seconds=as_number(estimated_seconds),
+            reason=as_text(reason),
+            started_at=now_ms,
+            expires_at=_deadline(now_ms, ttl_ms),
+        )
+
+    if not is_conditional(store):
+        now_ms = _now(clock)
+        current = await _read_plain(store, key)
+        if current is not None and current.is_live(now_ms - clock_skew_ms):
+            return Held(current)
+        job_id = _job_id(uuid_factory)
+        record = new_record(job_id, now_ms)
+        await store.set(key, record.to_json())
+        return Acquired(job_id, record, etag=None, took_over=current)
+
+    job_id = _job_id(uuid_factory)
+    blob: Blob | None = None  # the key is most likely free: then this is the only request
+    current = None
+    now_ms = _now(clock)
+    for _ in range(ROUNDS):
+        record = new_record(job_id, now_ms)
+        if blob is None:
+            etag = await store.set_if_new(key, record.to_json())
+        else:
+            etag = await store.set_if_match(key, record.to_json(), blob.etag)
+        if etag is not None:
+            return Acquired(job_id, record, etag, took_over=current)
+        blob = await store.get_with_etag(key)
+        current = JobLockRecord.from_json(blob.value) if blob is not None else None
+        now_ms = _now(clock)
+        if current is not None and current.is_live(now_ms - clock_skew_ms):
+            return Held(current)
+    raise StoreContentionError(key, ROUNDS)
+
+
+async def release(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str | None,
+    etag: str | None,
+) -> ReleaseResult:
+    key = job_lock_key(canister_uid, vault_id)
+    _check_etag(etag)
+    if expected_job_id is None:
+        if etag is not None:
+            raise InvalidIdError("expected_job_id", "must be given with an etag")
+        await store.delete(key)
+        return ReleaseResult(released=True)
+    _check_job_id("expected_job_id", expected_job_id)
+
+    if not is_conditional(store):
+        owned = _owned(await _read_plain(store, key), expected_job_id)
+        if isinstance(owned, Lost):
+            return ReleaseResult(released=False, reason=owned.reason)
+        await store.delete(key)
+        return ReleaseResult(released=True)
+
+    for _ in range(ROUNDS):
+        if etag is None:
+            read = await _read_owned(store, key, expected_job_id)
+            if isinstance(read, Lost):
+                return ReleaseResult(released=False, reason=read.reason)
+            _, etag = read
+        if await store.delete_if_match(key, etag):
+            return ReleaseResult(released=True)
+        etag = None
+    raise StoreContentionError(key, ROUNDS)
+
+
+async def peek(store: AsyncBlobStore, canister_uid: str, vault_id: str) -> JobLockRecord | None:
+    key = job_lock_key(canister_uid, vault_id)
+    if not is_conditional(store):
+        return await _read_plain(store, key)
+    return JobLockRecord.from_json(await store.get(key))
+
+
+async def renew(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str,
+    ttl_ms: float,
+    clock: Callable[[], float],
+    etag: str | None,
+    record: JobLockRecord | None,
+) -> Renewed | Lost:
+    key = job_lock_key(canister_uid, vault_id)
+    _check_job_id("expected_job_id", expected_job_id)
+    _check_etag(etag)
+    if record is not None and record.job_id != expected_job_id:
+        raise InvalidIdError("record", f"is job {record.job_id!r}'s, not {expected_job_id!r}'s")
+
+    def renewed(owned: JobLockRecord) -> JobLockRecord:
+        return replace(owned, expires_at=_deadline(_now(clock), ttl_ms))
+
+    if not is_conditional(store):
+        # The original has no renewal to be true to: here a failed read is not a lost lock.
+        current = JobLockRecord.from_json(await store.get(key))
+        owned = _owned(current, expected_job_id)
+        if isinstance(owned, Lost):
+            return owned
+        record = renewed(owned)
+        await store.set(key, record.to_json())
+        return Renewed(record, etag=None)
+
+    for _ in range(ROUNDS):
+        if etag is None or record is None:
+            read = await _read_owned(store, key, expected_job_id)
+            if isinstance(read, Lost):
+                return read
+            record, etag = read
+        record = renewed(record)
+        etag = await store.set_if_match(key, record.to_json(), etag)
+        if etag is not None:
+            return Renewed(record, etag)
+    raise StoreContentionError(key, ROUNDS)
+
+
+async def _read_plain(store: AsyncBlobStore, key: str) -> JobLockRecord | None:
+    try:
+        text = await store.get(key)
+    except WrongStoreError:
+        raise
+    except Exception:  # the original's rule: a failed read must not block the job for ever
+        return None
+    return JobLockRecord.from_json(text)
+
+
+async def _read_owned(
+    store: AsyncConditionalBlobStore, key: str, job_id: str
+) -> tuple[JobLockRecord, str] | Lost:
+    blob = await store.get_with_etag(key)
+    if blob is None:
+        return Lost("lock_already_gone", None)
+    owned = _owned(JobLockRecord.from_json(blob.value), job_id)
+    return owned if isinstance(owned, Lost) else (owned, blob.etag)
+
+
+def _owned(current: JobLockRecord | None, job_id: str) -> JobLockRecord | Lost:
+    if current is None:
+        return Lost("lock_already_gone", None)
+    if current.job_id != job_id:
+        return Lost("lock_owned_by_other_job", current)
+    return current
+
+
+def _now(clock: Callable[[], float]) -> float:
+    now_ms = as_number(clock())
+    if now_ms is None:
+        raise TypeError("clock must return epoch milliseconds, a finite number")
+    return now_ms
+
+
+def _deadline(now_ms: float, ttl_ms: float) -> float | None:
+    ttl = as_number(ttl_ms)
+    return as_number(now_ms + (ttl if ttl is not None and ttl > 0 else JOB_LOCK_TTL_MS))
+
+
+def _job_id(uuid_factory: Callable[[], uuid.UUID | str]) -> str:
+    made = uuid_factory()
+    job_id = str(made) if isinstance(made, uuid.UUID) else made
+    _check_job_id("uuid_factory's job id", job_id)
+    return job_id
+
+
+def _check_job_id(argument: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidIdError(argument, f"must be a non-empty string, not {value!r}")
+
+
+def _check_etag(etag: object) -> None:
+    if etag is not None:
+        _check_job_id("etag", etag)
+
+
+def _check_skew(clock_skew_ms: float) -> None:
+    skew = as_number(clock_skew_ms)
+    if skew is None or skew < 0:
+        raise ValueError(f"clock_skew_ms must be a finite number, 0 or more: {clock_skew_ms!r}")

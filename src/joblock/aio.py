@@ -1,0 +1,179 @@
+"""joblock for async stores: the same names, to be awaited.
+
+The functions use no event loop of their own, so they run under asyncio, trio or any other;
+`ThreadedBlobStore` is for asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import uuid
+from collections.abc import Callable
+
+from . import _protocol
+from ._protocol import JOB_LOCK_TTL_MS
+from .record import JobLockRecord, epoch_ms
+from .results import Acquired, Held, Lost, ReleaseResult, Renewed
+from .store import (
+    AsyncBlobStore,
+    Blob,
+    BlobStore,
+    ConditionalBlobStore,
+    WrongStoreError,
+    is_conditional,
+    require,
+)
+
+__all__ = [
+    "ThreadedBlobStore",
+    "acquire_job_lock",
+    "peek_job_lock",
+    "release_job_lock",
+    "renew_job_lock",
+]
+
+
+async def acquire_job_lock(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    actor_uid: str | None = None,
+    chunks_to_embed: float | None = None,
+    estimated_seconds: float | None = None,
+    reason: str | None = None,
+    ttl_ms: float = JOB_LOCK_TTL_MS,
+    clock_skew_ms: float = 0,
+    clock: Callable[[], float] = epoch_ms,
+    uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
+) -> Acquired | Held:
+    """As `joblock.acquire_job_lock`, on an async store.
+
+    A call that is cancelled may have taken the lock, as one whose write raised.
+    """
+    _require_async(store, _protocol.ACQUIRE_NEEDS)
+    return await _protocol.acquire(
+        store,
+        canister_uid,
+        vault_id,
+        actor_uid=actor_uid,
+        chunks_to_embed=chunks_to_embed,
+        estimated_seconds=estimated_seconds,
+        reason=reason,
+        ttl_ms=ttl_ms,
+        clock_skew_ms=clock_skew_ms,
+        clock=clock,
+        uuid_factory=uuid_factory,
+    )
+
+
+async def release_job_lock(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str | None = None,
+    etag: str | None = None,
+) -> ReleaseResult:
+    """As `joblock.release_job_lock`, on an async store.
+
+    A call that is cancelled may have removed the lock; releasing the same job id again is safe.
+    """
+    _require_async(store, _protocol.release_needs(expected_job_id))
+    return await _protocol.release(
+        store, canister_uid, vault_id, expected_job_id=expected_job_id, etag=etag
+    )
+
+
+async def peek_job_lock(
+    store: AsyncBlobStore, canister_uid: str, vault_id: str
+) -> JobLockRecord | None:
+    """As `joblock.peek_job_lock`, on an async store."""
+    _require_async(store, _protocol.PEEK_NEEDS)
+    return await _protocol.peek(store, canister_uid, vault_id)
+
+
+async def renew_job_lock(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str,
+    ttl_ms: float = JOB_LOCK_TTL_MS,
+    clock: Callable[[], float] = epoch_ms,
+    etag: str | None = None,
+    record: JobLockRecord | None = None,
+) -> Renewed | Lost:
+    """As `joblock.renew_job_lock`, on an async store.
+
+    After a call that is cancelled the lock has its old or its new deadline; count on the old one.
+    """
+    _require_async(store, _protocol.RENEW_NEEDS)
+    return await _protocol.renew(
+        store,
+        canister_uid,
+        vault_id,
+        expected_job_id=expected_job_id,
+        ttl_ms=ttl_ms,
+        clock=clock,
+        etag=etag,
+        record=record,
+    )
+
+
+class ThreadedBlobStore:
+    """An async store that calls a blocking one in asyncio's worker threads.
+
+    It has the conditional methods if `store` has them. `store` must be safe to use from any
+    thread. A call that is cancelled goes on in its thread: its write may still take effect.
+    """
+
+    def __new__(cls, store: BlobStore) -> ThreadedBlobStore:
+        """Choose the conditional class for a conditional store."""
+        require(store, ("get", "set", "delete"))
+        return object.__new__(_ThreadedConditionalBlobStore if is_conditional(store) else cls)
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+
+    def __repr__(self) -> str:
+        return f"ThreadedBlobStore({self._store!r})"
+
+    async def get(self, key: str) -> str | bytes | None:
+        """As `BlobStore.get`."""
+        return await asyncio.to_thread(self._store.get, key)
+
+    async def set(self, key: str, value: str) -> None:
+        """As `BlobStore.set`."""
+        await asyncio.to_thread(self._store.set, key, value)
+
+    async def delete(self, key: str) -> None:
+        """As `BlobStore.delete`."""
+        await asyncio.to_thread(self._store.delete, key)
+
+
+class _ThreadedConditionalBlobStore(ThreadedBlobStore):
+    _store: ConditionalBlobStore
+
+    async def get_with_etag(self, key: str) -> Blob | None:
+        return await asyncio.to_thread(self._store.get_with_etag, key)
+
+    async def set_if_new(self, key: str, value: str) -> str | None:
+        return await asyncio.to_thread(self._store.set_if_new, key, value)
+
+    async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return await asyncio.to_thread(self._store.set_if_match, key, value, etag)
+
+    async def delete_if_match(self, key: str, etag: str) -> bool:
+        return await asyncio.to_thread(self._store.delete_if_match, key, etag)
+
+
+def _require_async(store: AsyncBlobStore, needed: tuple[str, ...]) -> None:
+    require(store, needed)
+    # Before any call: to find out by awaiting a blocking store's answer would be after its write.
+    if not inspect.iscoroutinefunction(getattr(store, needed[0])):
+        raise WrongStoreError(
+            f"{type(store).__name__} is not async (its methods are not `async def`): use the "
+            "functions of joblock, or wrap it in joblock.aio.ThreadedBlobStore"
+        )

@@ -1,0 +1,222 @@
+"""The functions for blocking stores. They carry; `_protocol` decides.
+
+The rules are coroutines over an async store. A blocking store is shown to them through a view
+whose methods are `async def` and never suspend, so one `send` runs a coroutine to its end.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from . import _protocol
+from ._protocol import JOB_LOCK_TTL_MS
+from .record import JobLockRecord, epoch_ms
+from .results import Acquired, Held, Lost, ReleaseResult, Renewed
+from .store import (
+    AsyncBlobStore,
+    Blob,
+    BlobStore,
+    ConditionalBlobStore,
+    WrongStoreError,
+    is_conditional,
+    require,
+)
+
+T = TypeVar("T")
+
+
+def acquire_job_lock(
+    store: BlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    actor_uid: str | None = None,
+    chunks_to_embed: float | None = None,
+    estimated_seconds: float | None = None,
+    reason: str | None = None,
+    ttl_ms: float = JOB_LOCK_TTL_MS,
+    clock_skew_ms: float = 0,
+    clock: Callable[[], float] = epoch_ms,
+    uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
+) -> Acquired | Held:
+    """Take the lock of `(canister_uid, vault_id)` unless a live one is there.
+
+    Returns `Acquired`, or `Held` with the record of the job that has it. An expired lock is taken
+    over, and so is anything in the store that is not a lock record. On a conditional store at
+    most one of any number of simultaneous calls gets `Acquired`, with one request if the key is
+    free; on a plain store several may.
+
+    `actor_uid`, `chunks_to_embed`, `estimated_seconds` and `reason` only describe the job; a value
+    of the wrong type is recorded as null. `ttl_ms` is the lease in milliseconds, from just before
+    the write; what is not a positive finite number is the default. `clock_skew_ms` is for how much
+    longer than its own deadline a lease is honoured: the most by which the clocks of your hosts
+    may differ. `clock` returns epoch milliseconds, `uuid_factory` the new job's id.
+
+    Raises:
+        InvalidIdError: an id cannot name a lock. Nothing was written.
+        TypeError: the store lacks methods or is async, or the clock gives no finite number.
+            Nothing was written.
+        ValueError: `clock_skew_ms` is negative or not a finite number. Nothing was written.
+        StoreContentionError: others changed the record each time. The lock is not this caller's.
+        Exception: what the store raised. If a write raised, the lock may have been taken with the
+            id that `uuid_factory` gave: release that id, or leave the lease to expire.
+    """
+    return _run(
+        _protocol.acquire(
+            _view(store, _protocol.ACQUIRE_NEEDS),
+            canister_uid,
+            vault_id,
+            actor_uid=actor_uid,
+            chunks_to_embed=chunks_to_embed,
+            estimated_seconds=estimated_seconds,
+            reason=reason,
+            ttl_ms=ttl_ms,
+            clock_skew_ms=clock_skew_ms,
+            clock=clock,
+            uuid_factory=uuid_factory,
+        )
+    )
+
+
+def release_job_lock(
+    store: BlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str | None = None,
+    etag: str | None = None,
+) -> ReleaseResult:
+    """Remove the lock if it is `expected_job_id`'s; without a job id, remove whatever is there.
+
+    Returns `ReleaseResult`: `released`, or the `reason` why not: "lock_owned_by_other_job" (it
+    expired and was taken over; the other job's record stays) or "lock_already_gone". An expired
+    lock that nobody took over is released. `etag`, from `Acquired` or `Renewed`, saves a request;
+    if it is out of date the owner is looked up as without it. A plain store has no etags.
+
+    Raises:
+        InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
+            string, or an etag came without a job id. Nothing was removed.
+        TypeError: the store lacks methods or is async. Nothing was removed.
+        StoreContentionError: the record changed each time. It was not removed; retry.
+        Exception: what the store raised. If the delete raised, the lock may be gone or not;
+            releasing the same job id again is safe.
+    """
+    return _run(
+        _protocol.release(
+            _view(store, _protocol.release_needs(expected_job_id)),
+            canister_uid,
+            vault_id,
+            expected_job_id=expected_job_id,
+            etag=etag,
+        )
+    )
+
+
+def peek_job_lock(store: BlobStore, canister_uid: str, vault_id: str) -> JobLockRecord | None:
+    """Return the stored record, live or expired (ask its `is_live`), or None. Changes nothing.
+
+    Raises:
+        InvalidIdError: an id cannot name a lock.
+        TypeError: the store lacks `get` or is async.
+        Exception: what a conditional store raised. On a plain store a failed read is None.
+    """
+    return _run(_protocol.peek(_view(store, _protocol.PEEK_NEEDS), canister_uid, vault_id))
+
+
+def renew_job_lock(
+    store: BlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str,
+    ttl_ms: float = JOB_LOCK_TTL_MS,
+    clock: Callable[[], float] = epoch_ms,
+    etag: str | None = None,
+    record: JobLockRecord | None = None,
+) -> Renewed | Lost:
+    """Move the deadline of `expected_job_id`'s lock to `ttl_ms` from now.
+
+    Returns `Renewed`, or `Lost` with the reason (those of a release) and the record that is there
+    now. A lock that has expired but was not taken over is renewed. With both the `record` and the
+    `etag` of the last `Acquired` or `Renewed` it is one request instead of two, if the etag still
+    is the current one; with only one of them they save nothing.
+
+    Raises:
+        InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
+            string, or `record` is another job's. Nothing was written.
+        TypeError: the store lacks methods or is async, or the clock gives no finite number.
+            Nothing was written.
+        StoreContentionError: the record changed each time. The deadline is unchanged by this
+            call; retry before it passes.
+        Exception: what the store raised. The lock has its old or its new deadline; count on the
+            old one, and retry before it passes.
+    """
+    return _run(
+        _protocol.renew(
+            _view(store, _protocol.RENEW_NEEDS),
+            canister_uid,
+            vault_id,
+            expected_job_id=expected_job_id,
+            ttl_ms=ttl_ms,
+            clock=clock,
+            etag=etag,
+            record=record,
+        )
+    )
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a view of a blocking store suspended")
+
+
+def _view(store: BlobStore, needed: tuple[str, ...]) -> AsyncBlobStore:
+    require(store, needed)
+    return _ConditionalView(store) if is_conditional(store) else _PlainView(store)
+
+
+def _blocking(result: T) -> T:
+    if hasattr(result, "__await__"):
+        if isinstance(result, Coroutine):
+            result.close()
+        raise WrongStoreError("the store is async: use the functions of joblock.aio")
+    return result
+
+
+class _PlainView:
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+
+    async def get(self, key: str) -> str | bytes | None:
+        return _blocking(self._store.get(key))
+
+    async def set(self, key: str, value: str) -> None:
+        _blocking(self._store.set(key, value))
+
+    async def delete(self, key: str) -> None:
+        _blocking(self._store.delete(key))
+
+
+class _ConditionalView(_PlainView):
+    def __init__(self, store: ConditionalBlobStore) -> None:
+        super().__init__(store)
+        self._conditional = store
+
+    async def get_with_etag(self, key: str) -> Blob | None:
+        return _blocking(self._conditional.get_with_etag(key))
+
+    async def set_if_new(self, key: str, value: str) -> str | None:
+        return _blocking(self._conditional.set_if_new(key, value))
+
+    async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return _blocking(self._conditional.set_if_match(key, value, etag))
+
+    async def delete_if_match(self, key: str, etag: str) -> bool:
+        return _blocking(self._conditional.delete_if_match(key, etag))

@@ -1,0 +1,209 @@
+"""The lock record: its key, its fields, and its bytes in the store.
+
+The bytes are those of the JavaScript original's `JSON.stringify`, so that both can share a store:
+a fixed order of keys, no spaces, non-ASCII as it is, numbers as ECMAScript prints them. Reading
+never raises: text that is not a JSON object is no record, whatever it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, field
+from typing import NoReturn, TypeAlias
+
+from .errors import InvalidIdError
+
+JsonValue: TypeAlias = "dict[str, JsonValue] | list[JsonValue] | str | int | float | bool | None"
+
+# Deeper documents are no record. How deep Python's own parser goes depends on its version and on
+# the caller's stack; whether a lock is live must depend on neither.
+MAX_NESTING = 64
+
+
+def epoch_ms() -> int:
+    """The default clock: milliseconds since 1970-01-01 UTC, as JavaScript's `Date.now()`."""
+    return time.time_ns() // 1_000_000
+
+
+def job_lock_key(canister_uid: str, vault_id: str) -> str:
+    """Return the key of the lock: `index-jobs/{canister_uid}/{vault_id}.json`.
+
+    Raises `InvalidIdError` for an id that is not a non-empty string, is `.` or `..`, or has a `/`,
+    a control character or a lone surrogate: two pairs of ids must never share a key.
+    """
+    _check_id("canister_uid", canister_uid)
+    _check_id("vault_id", vault_id)
+    return f"index-jobs/{canister_uid}/{vault_id}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class JobLockRecord:
+    """One lock as it is stored. A field that is missing or of the wrong type reads as None.
+
+    `started_at` and `expires_at` are epoch milliseconds. `extra` has the fields that this version
+    does not know, by their names on the wire; they are written back when the lock is renewed.
+    """
+
+    job_id: str | None
+    canister_uid: str | None
+    vault_id: str | None
+    actor_uid: str | None = None
+    chunks_to_embed: float | None = None
+    estimated_seconds: float | None = None
+    reason: str | None = None
+    started_at: float | None = None
+    expires_at: float | None = None
+    extra: dict[str, JsonValue] = field(default_factory=dict[str, JsonValue], hash=False)
+
+    def is_live(self, now_ms: float) -> bool:
+        """Whether the lease runs at `now_ms`. At `expires_at` itself it has expired."""
+        return self.expires_at is not None and self.expires_at > now_ms
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """Return the fields under their names on the wire, in their order there."""
+        return {
+            "jobId": self.job_id,
+            "canisterUid": self.canister_uid,
+            "vaultId": self.vault_id,
+            "actorUid": self.actor_uid,
+            "chunksToEmbed": self.chunks_to_embed,
+            "estimatedSeconds": self.estimated_seconds,
+            "reason": self.reason,
+            "startedAt": self.started_at,
+            "expiresAt": self.expires_at,
+            **self.extra,
+        }
+
+    def to_json(self) -> str:
+        """Return the text to store, the bytes of JavaScript's `JSON.stringify`."""
+        text = _stringify(self.to_dict())
+        return text if text.isascii() else _SURROGATES.sub(_well_formed, text)
+
+    @classmethod
+    def from_json(cls, text: str | bytes | None) -> JobLockRecord | None:
+        """Return the record that `text` holds, or None for whatever is not a JSON object."""
+        document = _parse(text)
+        if not isinstance(document, dict):
+            return None
+        return cls(
+            job_id=as_text(document.pop("jobId", None)),
+            canister_uid=as_text(document.pop("canisterUid", None)),
+            vault_id=as_text(document.pop("vaultId", None)),
+            actor_uid=as_text(document.pop("actorUid", None)),
+            chunks_to_embed=as_number(document.pop("chunksToEmbed", None)),
+            estimated_seconds=as_number(document.pop("estimatedSeconds", None)),
+            reason=as_text(document.pop("reason", None)),
+            started_at=as_number(document.pop("startedAt", None)),
+            expires_at=as_number(document.pop("expiresAt", None)),
+            extra=document,
+        )
+
+
+def as_text(value: object) -> str | None:
+    """`value` if it is a string, else None."""
+    return value if isinstance(value, str) else None
+
+
+def as_number(value: object) -> float | None:
+    """`value` as JavaScript holds it if `Number.isFinite` takes it, else None. A bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        double = float(value)
+    except OverflowError:
+        return None
+    if not math.isfinite(double):
+        return None
+    return value if abs(value) <= 2**53 else double
+
+
+_NOT_IN_AN_ID = re.compile("[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _check_id(argument: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidIdError(argument, f"must be a non-empty string, not {value!r}")
+    if value in (".", "..") or _NOT_IN_AN_ID.search(value):
+        raise InvalidIdError(
+            argument,
+            "must not be '.' or '..' or have a '/', a control character or a lone surrogate, "
+            f"as {value!r}",
+        )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parse_int(digits: str) -> float:
+    return int(digits) if len(digits) <= 400 else float(digits)  # 309 digits are infinite already
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_parse_int)
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
+
+
+def _parse(text: object) -> JsonValue:
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        if not isinstance(text, str) or _too_deep(text):
+            return None
+        document: JsonValue = _DECODER.decode(text)
+    except ValueError:
+        return None
+    return document
+
+
+def _too_deep(text: str) -> bool:
+    if text.count("{") + text.count("[") <= MAX_NESTING:
+        return False
+    depth = 0
+    for token in _STRING_OR_BRACKET.finditer(text):
+        if token[0] in "[{":
+            depth += 1
+            if depth > MAX_NESTING:
+                return True
+        elif token[0] in "]}":
+            depth -= 1
+    return False
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
+
+
+def _well_formed(surrogates: re.Match[str]) -> str:
+    """As JSON.stringify: a pair is the character that it stands for, a lone one is escaped."""
+    if len(surrogates[0]) == 2:
+        return surrogates[0].encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    return f"\\u{ord(surrogates[0]):04x}"
+
+
+def _stringify(value: JsonValue) -> str:
+    if isinstance(value, float):
+        return _stringify_float(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_encode(k)}:{_stringify(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_stringify, value)) + "]"
+    return _encode(value)
+
+
+def _stringify_float(value: float) -> str:
+    """Print as ECMAScript's Number::toString: Python's digits, but another choice of exponents."""
+    if not math.isfinite(value):
+        return "null"
+    if value == 0:
+        return "0"
+    text = float.__repr__(value).removesuffix(".0")
+    if "e" not in text:
+        return text
+    if 1e-6 <= abs(value) < 1e21:
+        from decimal import Decimal  # rare, and a quarter of `import joblock` otherwise
+
+        return format(Decimal(text), "f")
+    return text.replace("e-0", "e-")

@@ -1,0 +1,132 @@
+"""What a store is: two levels, told apart by the methods it has.
+
+A store with `get`, `set` and `delete` is a *plain* store: it serves one process at a time well, but
+cannot keep two simultaneous acquires from both winning. A store that also has the four
+conditional methods is a *conditional* store: at most one live owner, whatever the interleaving.
+
+Every condition must be checked by the store itself, atomically with the write. A method that
+cannot say whether its write took effect must raise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeGuard, overload
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A value and the etag of exactly this version of it."""
+
+    value: str | bytes
+    etag: str
+
+
+class BlobStore(Protocol):
+    """A plain blocking store."""
+
+    def get(self, key: str, /) -> str | bytes | None:
+        """Return the value, or None if there is no such key."""
+        ...
+
+    def set(self, key: str, value: str, /) -> object:
+        """Write the value, whatever was there."""
+        ...
+
+    def delete(self, key: str, /) -> object:
+        """Remove the key; one that is not there is no error."""
+        ...
+
+
+class ConditionalBlobStore(BlobStore, Protocol):
+    """A blocking store with conditional writes."""
+
+    def get_with_etag(self, key: str, /) -> Blob | None:
+        """Return the value and its etag, or None if there is no such key."""
+        ...
+
+    def set_if_new(self, key: str, value: str, /) -> str | None:
+        """Write and return the new etag; None, and nothing written, if the key exists."""
+        ...
+
+    def set_if_match(self, key: str, value: str, etag: str, /) -> str | None:
+        """Write and return the new etag; None, and nothing written, if `etag` is not current."""
+        ...
+
+    def delete_if_match(self, key: str, etag: str, /) -> bool:
+        """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
+        ...
+
+
+class AsyncBlobStore(Protocol):
+    """A plain store whose methods are coroutine functions (`async def`)."""
+
+    async def get(self, key: str, /) -> str | bytes | None:
+        """As `BlobStore.get`."""
+        ...
+
+    async def set(self, key: str, value: str, /) -> object:
+        """As `BlobStore.set`."""
+        ...
+
+    async def delete(self, key: str, /) -> object:
+        """As `BlobStore.delete`."""
+        ...
+
+
+class AsyncConditionalBlobStore(AsyncBlobStore, Protocol):
+    """A conditional store whose methods are coroutine functions (`async def`)."""
+
+    async def get_with_etag(self, key: str, /) -> Blob | None:
+        """As `ConditionalBlobStore.get_with_etag`."""
+        ...
+
+    async def set_if_new(self, key: str, value: str, /) -> str | None:
+        """As `ConditionalBlobStore.set_if_new`."""
+        ...
+
+    async def set_if_match(self, key: str, value: str, etag: str, /) -> str | None:
+        """As `ConditionalBlobStore.set_if_match`."""
+        ...
+
+    async def delete_if_match(self, key: str, etag: str, /) -> bool:
+        """As `ConditionalBlobStore.delete_if_match`."""
+        ...
+
+
+class WrongStoreError(TypeError):
+    """The store lacks methods, or is async where a blocking one is needed, or the reverse."""
+
+
+_CONDITIONAL = ("get_with_etag", "set_if_new", "set_if_match", "delete_if_match")
+
+
+@overload
+def is_conditional(store: BlobStore) -> TypeGuard[ConditionalBlobStore]: ...
+@overload
+def is_conditional(store: AsyncBlobStore) -> TypeGuard[AsyncConditionalBlobStore]: ...
+def is_conditional(store: object) -> bool:
+    """Whether the store has the conditional methods.
+
+    Some of them but not all is a mistake, which must not silently cost the guarantee: TypeError.
+    """
+    missing = _missing(store, _CONDITIONAL)
+    if missing and len(missing) < len(_CONDITIONAL):
+        raise WrongStoreError(
+            f"{type(store).__name__} has some conditional methods but lacks {', '.join(missing)}"
+        )
+    return not missing
+
+
+def require(store: object, methods: tuple[str, ...]) -> None:
+    """Raise TypeError unless the store has these methods."""
+    missing = _missing(store, methods)
+    if missing:
+        raise WrongStoreError(
+            f"a store with {' and '.join(methods)} is required: "
+            f"{type(store).__name__} lacks {', '.join(missing)}"
+        )
+
+
+def _missing(store: object, methods: tuple[str, ...]) -> list[str]:
+    return [name for name in methods if not callable(getattr(store, name, None))]

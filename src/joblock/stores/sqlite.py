@@ -1,0 +1,201 @@
+"""One SQLite file: for the threads and processes of one host.
+
+Each verb is one autocommitted statement, so SQLite itself checks the condition atomically with
+the write. WAL with `synchronous=NORMAL`: a killed process loses nothing; a power cut may lose the
+last writes, but it also ends the jobs of that host. Not for network file systems, where SQLite's
+locking is not reliable.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ..store import Blob
+
+_CREATE = """
+CREATE TABLE IF NOT EXISTS joblock (
+    key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, etag TEXT NOT NULL
+) WITHOUT ROWID
+"""
+
+
+class SqliteBlobStore:
+    """A conditional store in the SQLite file at `path`, which is created if it is not there.
+
+    Safe from any thread, and in a child after fork. `timeout` is for how many seconds a call waits
+    while another process writes. Every error is a `sqlite3.Error` whose text begins with the path;
+    a file that cannot be used is found out here, at once.
+
+    Close it with `close()` or `with`. Do not delete or replace the file while any process has it
+    open: that process would go on with the old one. To free a lock, release it.
+    """
+
+    _connection: sqlite3.Connection | None = None
+
+    def __init__(self, path: str | os.PathLike[str], *, timeout: float = 5.0) -> None:
+        if os.fspath(path) in ("", ":memory:"):
+            raise ValueError("path must name a file; for memory, use MemoryBlobStore")
+        self._path = Path(path).absolute()
+        self._timeout = timeout
+        self._closed = False
+        self._lock = threading.RLock()
+        with _registry:
+            _open_stores.add(self)
+        self._execute("SELECT 1")
+
+    def __repr__(self) -> str:
+        return f"SqliteBlobStore({str(self._path)!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._disconnect()
+
+    def close(self) -> None:
+        """Close the connection. Every later call raises `sqlite3.ProgrammingError`."""
+        with self._lock:
+            self._closed = True
+            self._disconnect()
+
+    def get(self, key: str) -> str | bytes | None:
+        """Return the value, or None if there is no such key."""
+        _, row = self._execute("SELECT value FROM joblock WHERE key = ?", key)
+        return None if row is None else row[0]
+
+    def set(self, key: str, value: str) -> None:
+        """Write the value, whatever was there."""
+        self._execute("REPLACE INTO joblock VALUES (?, ?, ?)", key, value, _new_etag())
+
+    def delete(self, key: str) -> None:
+        """Remove the key, if it is there."""
+        self._execute("DELETE FROM joblock WHERE key = ?", key)
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        """Return the value and its etag, or None if there is no such key."""
+        _, row = self._execute("SELECT value, etag FROM joblock WHERE key = ?", key)
+        return None if row is None else Blob(*row)
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if the key exists."""
+        etag = _new_etag()
+        written, _ = self._execute(
+            "INSERT OR IGNORE INTO joblock VALUES (?, ?, ?)", key, value, etag
+        )
+        return etag if written else None
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if `etag` is not current."""
+        new_etag = _new_etag()
+        written, _ = self._execute(
+            "UPDATE joblock SET value = ?, etag = ? WHERE key = ? AND etag = ?",
+            value,
+            new_etag,
+            key,
+            etag,
+        )
+        return new_etag if written else None
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
+        deleted, _ = self._execute("DELETE FROM joblock WHERE key = ? AND etag = ?", key, etag)
+        return deleted == 1
+
+    def _execute(self, statement: str, *values: str) -> tuple[int, Any]:
+        try:
+            with self._lock:
+                if self._connection is None:
+                    self._connection = self._connect()
+                cursor = self._connection.execute(statement, values)
+                return cursor.rowcount, cursor.fetchone()
+        except sqlite3.Error as error:
+            error.args = (f"{self._path}: {error}",)
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._closed:
+            raise sqlite3.ProgrammingError("the store is closed")
+        if not self._path.parent.is_dir():
+            raise sqlite3.OperationalError("unable to open database file: no such folder")
+        deadline = time.monotonic() + self._timeout
+        while True:
+            connection = sqlite3.connect(
+                self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False
+            )
+            try:
+                _prepare(connection)
+            except sqlite3.Error as error:
+                connection.close()
+                # SQLite does not wait its timeout when processes switch a new file to WAL at once.
+                if not _is_busy(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+            else:
+                return connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    connection.text_factory = _decode
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute(_CREATE)
+    connection.execute("BEGIN IMMEDIATE")  # a read-only file is found out now, not at a lock
+    connection.execute("ROLLBACK")
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+
+
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8", "replace")  # a value that others wrote must not be an error
+
+
+def _new_etag() -> str:
+    return os.urandom(16).hex()
+
+
+# SQLite forbids to use, and even to close, in a child a connection that was opened in its parent.
+# So there is none while a process forks: each store's is closed, and opened again when needed.
+_registry = threading.RLock()
+_open_stores: weakref.WeakSet[SqliteBlobStore] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    _registry.acquire()
+    for store in _open_stores:
+        store._lock.acquire()
+        store._disconnect()
+
+
+def _after_fork() -> None:
+    for store in _open_stores:
+        store._lock.release()
+    _registry.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+    )

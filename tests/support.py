@@ -1,0 +1,142 @@
+"""What several test files share: a recording plain store, async views, and one face for both APIs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import joblock
+from joblock import BlobStore, ConditionalBlobStore, aio
+from joblock.store import is_conditional
+
+T = TypeVar("T")
+
+UID, VAULT = "user-1", "Business"
+KEY = "index-jobs/user-1/Business.json"
+
+
+class Clock:
+    """Epoch milliseconds that only the test moves."""
+
+    def __init__(self, now: float = 1_000_000) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, ms: float) -> None:
+        self.now += ms
+
+
+class PlainStore:
+    """The original's three methods over a dict; it records each call and can be told to fail."""
+
+    def __init__(self, blobs: dict[str, str] | None = None) -> None:
+        self.blobs: dict[str, str] = dict(blobs or {})
+        self.calls: list[list[str]] = []
+        self.failing: str | None = None
+
+    def _called(self, *call: str) -> None:
+        self.calls.append(list(call))
+        if call[0] == self.failing:
+            raise OSError(f"{call[0]} failed")
+
+    def get(self, key: str) -> str | None:
+        self._called("get", key)
+        return self.blobs.get(key)
+
+    def set(self, key: str, value: str) -> None:
+        self._called("set", key, value)
+        self.blobs[key] = value
+
+    def delete(self, key: str) -> None:
+        self._called("delete", key)
+        self.blobs.pop(key, None)
+
+
+class AsyncView:
+    """A blocking plain store as an async one, on the event loop's own thread."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self.store = store
+
+    async def get(self, key: str) -> str | bytes | None:
+        return self.store.get(key)
+
+    async def set(self, key: str, value: str) -> None:
+        self.store.set(key, value)
+
+    async def delete(self, key: str) -> None:
+        self.store.delete(key)
+
+
+class AsyncConditionalView(AsyncView):
+    """A blocking conditional store as an async one."""
+
+    def __init__(self, store: ConditionalBlobStore) -> None:
+        super().__init__(store)
+        self.conditional = store
+
+    async def get_with_etag(self, key: str) -> joblock.Blob | None:
+        return self.conditional.get_with_etag(key)
+
+    async def set_if_new(self, key: str, value: str) -> str | None:
+        return self.conditional.set_if_new(key, value)
+
+    async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return self.conditional.set_if_match(key, value, etag)
+
+    async def delete_if_match(self, key: str, etag: str) -> bool:
+        return self.conditional.delete_if_match(key, etag)
+
+
+def async_view(store: BlobStore) -> AsyncView:
+    return AsyncConditionalView(store) if is_conditional(store) else AsyncView(store)
+
+
+def await_now(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that waits for nothing; an event loop a call would cost a test its speed."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    coroutine.close()
+    raise AssertionError("the coroutine waited for something")
+
+
+class SyncApi:
+    """joblock's functions, on a blocking store."""
+
+    acquire = staticmethod(joblock.acquire_job_lock)
+    release = staticmethod(joblock.release_job_lock)
+    peek = staticmethod(joblock.peek_job_lock)
+    renew = staticmethod(joblock.renew_job_lock)
+
+
+class AsyncApi:
+    """joblock.aio's functions, called with a blocking store that they see as an async one."""
+
+    @staticmethod
+    def acquire(store: Any, *args: Any, **kwargs: Any) -> joblock.Acquired | joblock.Held:
+        return await_now(aio.acquire_job_lock(async_view(store), *args, **kwargs))
+
+    @staticmethod
+    def release(store: Any, *args: Any, **kwargs: Any) -> joblock.ReleaseResult:
+        return await_now(aio.release_job_lock(async_view(store), *args, **kwargs))
+
+    @staticmethod
+    def peek(store: Any, *args: Any, **kwargs: Any) -> joblock.JobLockRecord | None:
+        return await_now(aio.peek_job_lock(async_view(store), *args, **kwargs))
+
+    @staticmethod
+    def renew(store: Any, *args: Any, **kwargs: Any) -> joblock.Renewed | joblock.Lost:
+        return await_now(aio.renew_job_lock(async_view(store), *args, **kwargs))
+
+
+Api = type[SyncApi] | type[AsyncApi]
+
+
+def in_event_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(coroutine)
