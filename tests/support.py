@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import joblock
@@ -138,5 +137,63 @@ class AsyncApi:
 Api = type[SyncApi] | type[AsyncApi]
 
 
-def in_event_loop(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(coroutine)
+class RecordingStore(joblock.MemoryBlobStore):
+    """A conditional store that records the names of its calls and lets others act before one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.before: dict[str, Callable[[], object]] = {}
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        act = self.before.get(name)
+        if act is not None:
+            act()
+
+    def once_before(self, name: str, act: Callable[[], object]) -> None:
+        """Let `act` happen just before the next call of `name`."""
+
+        def act_once() -> None:
+            del self.before[name]
+            act()
+
+        self.before[name] = act_once
+
+    def get(self, key: str) -> str | None:
+        self._called("get")
+        return super().get(key)
+
+    def set(self, key: str, value: str) -> None:
+        self._called("set")
+        super().set(key, value)
+
+    def delete(self, key: str) -> None:
+        self._called("delete")
+        super().delete(key)
+
+    def get_with_etag(self, key: str) -> joblock.Blob | None:
+        self._called("get_with_etag")
+        return super().get_with_etag(key)
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        self._called("set_if_new")
+        return super().set_if_new(key, value)
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        self._called("set_if_match")
+        return super().set_if_match(key, value, etag)
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        self._called("delete_if_match")
+        return super().delete_if_match(key, etag)
+
+
+def acquired(result: joblock.Acquired | joblock.Held) -> joblock.Acquired:
+    assert result.acquired
+    return result
+
+
+def held(result: joblock.Acquired | joblock.Held) -> joblock.Held:
+    assert not result.acquired
+    return result

@@ -1,0 +1,78 @@
+"""The lock on a plain store, beyond what the recordings cover: renewal, and what it cannot do."""
+
+from __future__ import annotations
+
+import pytest
+
+from joblock import JobLockRecord, Lost, Renewed
+from tests.support import KEY, UID, VAULT, Api, Clock, PlainStore, acquired, held
+
+
+def test_acquire_has_no_etag_and_keeps_the_receipt(api: Api, clock: Clock) -> None:
+    """An expired record is taken over with its receipt; clock skew counts here too."""
+    store = PlainStore()
+    first = acquired(api.acquire(store, UID, VAULT, ttl_ms=10, clock=clock))
+    assert (first.etag, first.took_over) == (None, None)
+    clock.tick(10)
+    waiting = held(api.acquire(store, UID, VAULT, clock_skew_ms=1, clock=clock))
+    assert waiting.existing == first.record
+    second = acquired(api.acquire(store, UID, VAULT, clock=clock))
+    assert second.took_over == first.record
+
+
+def test_release_ignores_the_etag_that_a_plain_store_does_not_have(api: Api) -> None:
+    """The owner is compared, as without it."""
+    store = PlainStore({KEY: '{"jobId":"a"}'})
+    assert not api.release(store, UID, VAULT, expected_job_id="b", etag="x").released
+    assert api.release(store, UID, VAULT, expected_job_id="a", etag="x").released
+
+
+def test_renew_reads_then_writes(api: Api, clock: Clock) -> None:
+    """The own record only."""
+    store = PlainStore()
+    won = acquired(api.acquire(store, UID, VAULT, clock=clock, uuid_factory=lambda: "a"))
+    store.calls.clear()
+    clock.tick(5)
+    renewed = api.renew(store, UID, VAULT, expected_job_id="a", ttl_ms=100, clock=clock)
+    assert isinstance(renewed, Renewed)
+    assert renewed.etag is None
+    assert renewed.record.expires_at == clock.now + 100
+    assert renewed.record.started_at == won.record.started_at
+    assert store.calls == [["get", KEY], ["set", KEY, renewed.record.to_json()]]
+    lost = api.renew(store, UID, VAULT, expected_job_id="b")
+    assert lost == Lost("lock_owned_by_other_job", renewed.record)
+    assert len(store.calls) == 3
+
+
+@pytest.mark.parametrize("left", [None, "", "null", "junk"])
+def test_renew_is_lost_when_the_record_is_gone(api: Api, left: str | None) -> None:
+    """And nothing is written."""
+    store = PlainStore({} if left is None else {KEY: left})
+    assert api.renew(store, UID, VAULT, expected_job_id="a") == Lost("lock_already_gone", None)
+    assert store.blobs == ({} if left is None else {KEY: left})
+
+
+def test_renew_does_not_take_a_failed_read_for_a_lost_lock(api: Api) -> None:
+    """Acquire must not be blocked by one; a running job must not be stopped by one."""
+    store = PlainStore({KEY: '{"jobId":"a"}'})
+    store.failing = "get"
+    with pytest.raises(OSError, match="get failed"):
+        api.renew(store, UID, VAULT, expected_job_id="a")
+
+
+def test_two_simultaneous_acquires_both_win(api: Api) -> None:
+    """The original's fault, which only a conditional store mends: the README says so."""
+    store = PlainStore()
+    read, inner = store.get, list[str]()
+
+    def get_after_another_has_read(key: str) -> str | None:
+        before = read(key)
+        if not inner:
+            inner.append("")
+            inner.append(acquired(api.acquire(store, UID, VAULT)).job_id)
+        return before
+
+    store.get = get_after_another_has_read  # type: ignore[method-assign]
+    outer = acquired(api.acquire(store, UID, VAULT))
+    assert outer.job_id != inner[1]
+    assert JobLockRecord.from_json(store.blobs[KEY]) == outer.record

@@ -1,0 +1,134 @@
+"""Results and errors as values: evidence, truth, pickling, and the modules they live in."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import joblock
+from joblock import (
+    Acquired,
+    Held,
+    InvalidIdError,
+    JobLockError,
+    JobLockHeldError,
+    JobLockLostError,
+    JobLockRecord,
+    Lost,
+    ReleaseResult,
+    Renewed,
+    StoreContentionError,
+    aio,
+)
+
+RECORD = JobLockRecord("j", "u", "v", expires_at=10_000, extra={"x": [1]})
+RESULTS = [
+    Acquired("j", RECORD, "e", None),
+    Held(RECORD),
+    ReleaseResult(released=True),
+    ReleaseResult(released=False, reason="lock_already_gone"),
+    Renewed(RECORD, "e"),
+    Lost("lock_owned_by_other_job", RECORD),
+]
+ERRORS = [
+    InvalidIdError("vault_id", "must not be 'a/b'"),
+    StoreContentionError("k", 16),
+    JobLockHeldError(RECORD),
+    JobLockLostError("j", "lock_already_gone", RECORD),
+]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=repr)
+def test_results_are_frozen_slotted_hashable_and_picklable(result: object) -> None:
+    """They can be logged, cached, sent to another process, and not changed."""
+    assert pickle.loads(pickle.dumps(result)) == result  # noqa: S301
+    assert copy.deepcopy(result) == result
+    assert hash(result) == hash(copy.copy(result))
+    assert not hasattr(result, "__dict__")
+    with pytest.raises((AttributeError, TypeError)):
+        result.extra = 1  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_result_is_as_true_as_it_sounds() -> None:
+    """`if acquire_job_lock(...)` must not be taken by a refusal."""
+    assert [bool(result) for result in RESULTS] == [True, False, True, False, True, False]
+    assert (Acquired.acquired, Held.acquired) == (True, False)
+    assert (Renewed.renewed, Lost.renewed) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("now", "seconds"),
+    [(0, 10), (1, 10), (9000, 1), (9001, 1), (9999.5, 1), (10_000, 1), (99_999, 1)],
+)
+def test_retry_after_is_whole_seconds_and_at_least_one(now: float, seconds: int) -> None:
+    """Rounded up, so that a client that obeys it finds the lock expired."""
+    assert Held(RECORD).retry_after_s(clock=lambda: now) == seconds
+    assert isinstance(Held(RECORD).retry_after_s(clock=lambda: now), int)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_carry_their_evidence_through_pickling(error: JobLockError) -> None:
+    """A worker pool hands them from process to process."""
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert type(again) is type(error)
+    assert vars(again) == vars(error)
+    assert vars(error)
+    assert str(again) == str(error)
+    assert isinstance(error, JobLockError)
+
+
+def test_errors_say_what_happened() -> None:
+    """In one line, with the evidence."""
+    assert [str(error) for error in ERRORS] == [
+        "vault_id must not be 'a/b'",
+        "'k' was changed by others in each of 16 attempts",
+        "job 'j' holds the lock until 10000",
+        "job 'j' lost its lock: lock_already_gone",
+    ]
+
+
+PACKAGE = Path(joblock.__file__).parent
+
+
+def test_every_public_function_and_class_has_a_docstring_of_its_own() -> None:
+    """What comes back, units, errors: `help()` must answer, in both modules."""
+    public = [getattr(joblock, name) for name in joblock.__all__]
+    public += [getattr(aio, name) for name in aio.__all__]
+    assert [it for it in public if callable(it) and not vars(it).get("__doc__", it.__doc__)] == []
+
+
+def test_dependencies_point_down() -> None:
+    """Record, results, errors and store know nothing of the rest; stores know only `store`."""
+    allowed = {
+        "errors.py": {"record"},  # for the types of its evidence only
+        "record.py": {"errors"},
+        "results.py": {"record"},
+        "store.py": set[str](),
+        "_protocol.py": {"errors", "record", "results", "store"},
+        "locks.py": {"_protocol", "record", "results", "store"},
+        "aio.py": {"_protocol", "record", "results", "store"},
+        "stores/memory.py": {"store"},
+        "stores/sqlite.py": {"store"},
+    }
+    for name, modules in allowed.items():
+        tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported = [node.module] if node.module else [alias.name for alias in node.names]
+                assert set(imported) <= modules, f"{name} imports {imported}"
+
+
+def test_import_joblock_imports_no_backend() -> None:
+    """A plain acquire in memory needs neither SQLite nor an event loop."""
+    code = (
+        "import sys, joblock; joblock.acquire_job_lock(joblock.MemoryBlobStore(), 'u', 'v');"
+        "print([m for m in ('sqlite3', 'asyncio', 'http', 'logging', 'ssl') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert loaded.stdout.strip() == "[]"
