@@ -62,7 +62,10 @@ def test_reads_what_was_written(store: ConditionalBlobStore, value: str) -> None
     store.set(KEY, value)
     assert store.get(KEY) == value
     etag = etag_of(store)
-    for written in (lambda: store.set_if_match(KEY, value, etag), lambda: store.set_if_new(KEY, value)):
+    for written in (
+        lambda: store.set_if_match(KEY, value, etag),
+        lambda: store.set_if_new(KEY, value),
+    ):
         new = written()
         blob = store.get_with_etag(KEY)
         assert blob is not None
@@ -73,7 +76,8 @@ def test_reads_what_was_written(store: ConditionalBlobStore, value: str) -> None
 
 
 @pytest.mark.parametrize(
-    "key", ["index-jobs/é日🔒/a b.json", "index-jobs/back\\slash/q\"'%_.json", "index-jobs/U/v.json"]
+    "key",
+    ["index-jobs/é日🔒/a b.json", "index-jobs/back\\slash/q\"'%_.json", "index-jobs/U/v.json"],
 )
 def test_keys_are_exact(store: ConditionalBlobStore, key: str) -> None:
     """Non-ASCII, quotes, wildcards and case: another key is another lock."""

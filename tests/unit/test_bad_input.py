@@ -43,9 +43,7 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("bad", BAD_IDS, ids=repr)
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("function", CALLS)
-def test_an_id_that_cannot_name_a_lock(
-    api: Api, function: str, position: int, bad: Any
-) -> None:
+def test_an_id_that_cannot_name_a_lock(api: Api, function: str, position: int, bad: Any) -> None:
     """Every function refuses it before it calls the store."""
     store = RecordingStore()
     ids = [UID, VAULT]
@@ -140,9 +138,7 @@ def test_a_ttl_that_is_not_positive_and_finite_is_the_default(
     won = acquired(api.acquire(store, UID, VAULT, ttl_ms=bad, clock=clock))
     assert won.record.expires_at == clock.now + joblock.JOB_LOCK_TTL_MS
     clock.tick(7)
-    renewed = api.renew(
-        store, UID, VAULT, expected_job_id=won.job_id, ttl_ms=bad, clock=clock
-    )
+    renewed = api.renew(store, UID, VAULT, expected_job_id=won.job_id, ttl_ms=bad, clock=clock)
     assert renewed.renewed
     assert renewed.record.expires_at == clock.now + joblock.JOB_LOCK_TTL_MS
 
@@ -173,9 +169,7 @@ def test_a_clock_that_gives_no_number(
 
 @pytest.mark.parametrize("bad", ["", None, 5, b"job"], ids=repr)
 @pytest.mark.parametrize("store_type", [MemoryBlobStore, PlainStore])
-def test_a_uuid_factory_that_gives_no_id(
-    api: Api, bad: Any, store_type: Callable[[], Any]
-) -> None:
+def test_a_uuid_factory_that_gives_no_id(api: Api, bad: Any, store_type: Callable[[], Any]) -> None:
     """Such a lock could never be released by its job."""
     store = store_type()
     with pytest.raises(InvalidIdError, match="^uuid_factory's job id must be a non-empty string"):

@@ -347,9 +347,7 @@ class TestRenew:
         assert store.get(KEY) == left
 
 
-def test_the_defaults_are_a_random_uuid_and_the_wall_clock(
-    store: RecordingStore, api: Api
-) -> None:
+def test_the_defaults_are_a_random_uuid_and_the_wall_clock(store: RecordingStore, api: Api) -> None:
     """As in production."""
     won = acquired(api.acquire(store, UID, VAULT))
     assert str(uuid.UUID(won.job_id)) == won.job_id

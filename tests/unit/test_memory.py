@@ -11,7 +11,7 @@ def test_length_iteration_and_repr() -> None:
     assert (len(store), list(store), repr(store)) == (0, [], "MemoryBlobStore({})")
     acquire_job_lock(store, "u", "v", clock=lambda: 5, uuid_factory=lambda: "j", ttl_ms=5)
     assert (len(store), list(store)) == (1, ["index-jobs/u/v.json"])
-    assert repr(store).startswith("MemoryBlobStore({'index-jobs/u/v.json': '{\"jobId\":\"j\",")
+    assert repr(store).startswith('MemoryBlobStore({\'index-jobs/u/v.json\': \'{"jobId":"j",')
 
 
 def test_iteration_is_over_a_snapshot() -> None:

@@ -39,7 +39,9 @@ def test_key_refuses_an_id_that_is_none(argument: str, bad: Any) -> None:
     assert caught.value.argument == argument
 
 
-@pytest.mark.parametrize("good", ["...", ".a", "a b", 'q"', "back\\slash", "日本", "🔒", "%2F", "\xa0"])
+@pytest.mark.parametrize(
+    "good", ["...", ".a", "a b", 'q"', "back\\slash", "日本", "🔒", "%2F", "\xa0"]
+)
 def test_key_takes_every_other_id(good: str) -> None:
     """Ids of the original that were not ambiguous stay valid."""
     assert job_lock_key(good, good) == f"index-jobs/{good}/{good}.json"
@@ -161,7 +163,7 @@ def test_nesting_is_bounded_by_a_rule_and_not_by_the_stack(open_: str, close: st
 
 def test_brackets_in_text_and_side_by_side_are_not_nesting() -> None:
     """Only real depth counts, however many brackets there are."""
-    text = '{"reason":"' + "[{\\\"" * 500 + '","x":[' + "[],{}," * 500 + "0]}"
+    text = '{"reason":"' + '[{\\"' * 500 + '","x":[' + "[],{}," * 500 + "0]}"
     record = JobLockRecord.from_json(text)
     assert record is not None
     assert record.reason == '[{"' * 500

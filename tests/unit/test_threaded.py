@@ -76,7 +76,9 @@ def test_calls_the_store_outside_the_event_loops_thread() -> None:
 
 def test_repr_and_bad_stores() -> None:
     """It shows what it wraps, and wraps nothing that is no store."""
-    assert repr(aio.ThreadedBlobStore(MemoryBlobStore())) == "ThreadedBlobStore(MemoryBlobStore({}))"
+    assert (
+        repr(aio.ThreadedBlobStore(MemoryBlobStore())) == "ThreadedBlobStore(MemoryBlobStore({}))"
+    )
     nothing: Any = object()
     with pytest.raises(TypeError, match="lacks get, set, delete"):
         aio.ThreadedBlobStore(nothing)

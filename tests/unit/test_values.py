@@ -130,5 +130,7 @@ def test_import_joblock_imports_no_backend() -> None:
         "import sys, joblock; joblock.acquire_job_lock(joblock.MemoryBlobStore(), 'u', 'v');"
         "print([m for m in ('sqlite3', 'asyncio', 'http', 'logging', 'ssl') if m in sys.modules])"
     )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
     assert loaded.stdout.strip() == "[]"

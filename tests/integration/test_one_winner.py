@@ -1,0 +1,115 @@
+"""Exactly one winner under real races: threads in memory, processes on one SQLite file."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.synchronize
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from joblock import BlobStore, MemoryBlobStore, acquire_job_lock
+from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import UID
+
+ROUNDS = 300
+CLIENTS = 6
+NOW = 1_000_000
+
+# What a client reports of a round: whether it won, and the id and the time of the lock's owner.
+Report = tuple[bool, str | None, float | None]
+
+
+def prepare(store: BlobStore) -> None:
+    """Every third key is free, every third has an expired lock, every third has junk."""
+    for number in range(ROUNDS):
+        vault = f"vault-{number}"
+        if number % 3 == 1:
+            crashed = acquire_job_lock(store, UID, vault, ttl_ms=1, clock=lambda: NOW - 1)
+            assert crashed.acquired
+        elif number % 3 == 2:
+            store.set(f"index-jobs/{UID}/{vault}.json", "junk")
+
+
+def compete(store: BlobStore, barrier: threading.Barrier) -> list[Report]:
+    reports: list[Report] = []
+    for number in range(ROUNDS):
+        barrier.wait()
+        result = acquire_job_lock(store, UID, f"vault-{number}", clock=lambda: NOW)
+        if result.acquired:
+            assert (result.took_over is not None) == (number % 3 == 1)
+        record = result.record if result.acquired else result.existing
+        reports.append((result.acquired, record.job_id, record.started_at))
+    return reports
+
+
+def assert_one_winner_each_round(clients: list[list[Report]]) -> None:
+    assert len(clients) == CLIENTS
+    winners: set[int] = set()
+    for number, reports in enumerate(zip(*clients, strict=True)):
+        assert [won for won, _, _ in reports].count(True) == 1, f"round {number}: {reports}"
+        assert len({job_id for _, job_id, _ in reports}) == 1, f"round {number}: {reports}"
+        winners.add([won for won, _, _ in reports].index(True))
+    assert len(winners) > 1, "always the same client won: they did not race"
+
+
+def test_threads_in_memory() -> None:
+    """Hundreds of rounds behind a barrier; every loser is shown the winner's record."""
+    store = MemoryBlobStore()
+    prepare(store)
+    barrier = threading.Barrier(CLIENTS)
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        clients = list(threads.map(lambda _: compete(store, barrier), range(CLIENTS)))
+    assert_one_winner_each_round(clients)
+
+
+def process(
+    path: Path,
+    barrier: threading.Barrier,
+    reports: multiprocessing.SimpleQueue[list[Report]],
+) -> None:
+    with SqliteBlobStore(path) as store:
+        reports.put(compete(store, barrier))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_on_sqlite(method: str, tmp_path: Path) -> None:
+    """Each with a connection of its own to the same file."""
+    path = tmp_path / "jobs.db"
+    with SqliteBlobStore(path) as store:
+        prepare(store)
+    context = multiprocessing.get_context(method)
+    barrier = context.Barrier(CLIENTS, timeout=30)
+    reports = context.SimpleQueue()
+    processes = [
+        context.Process(target=process, args=(path, barrier, reports)) for _ in range(CLIENTS)
+    ]
+    for client in processes:
+        client.start()
+    assert_one_winner_each_round([reports.get() for _ in processes])
+    for client in processes:
+        client.join()
+        assert client.exitcode == 0
+
+
+def test_threads_and_a_forked_process_share_a_store(tmp_path: Path) -> None:
+    """One store object, inherited over fork, raced by its parent and its children."""
+    context = multiprocessing.get_context("fork")
+    with SqliteBlobStore(tmp_path / "jobs.db") as store:
+        prepare(store)
+        barrier = context.Barrier(CLIENTS, timeout=30)
+        reports = context.SimpleQueue()
+
+        def child() -> None:
+            reports.put(compete(store, barrier))
+
+        processes = [context.Process(target=child) for _ in range(CLIENTS - 1)]
+        for client in processes:
+            client.start()
+        mine = compete(store, barrier)
+        assert_one_winner_each_round([mine, *(reports.get() for _ in processes)])
+        for client in processes:
+            client.join()
+            assert client.exitcode == 0

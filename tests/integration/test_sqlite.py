@@ -1,0 +1,362 @@
+"""SqliteBlobStore as an operator meets it: bad files, full disks, forks, kills, old databases."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import joblock
+from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import KEY, UID, VAULT, acquired, held
+
+
+def run_python(code: str, *args: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run `code` in another process, with warnings as errors."""
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+
+
+def assert_intact(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+
+
+class TestAFileThatCannotBeUsed:
+    """A clear error that names the path, at once: from the constructor."""
+
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        path = tmp_path / "missing" / "jobs.db"
+        with pytest.raises(sqlite3.OperationalError, match=f"^{path}: .*no such folder"):
+            SqliteBlobStore(path)
+
+    def test_a_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(sqlite3.OperationalError, match=f"^{tmp_path}: unable to open"):
+            SqliteBlobStore(tmp_path)
+
+    def test_not_a_database(self, tmp_path: Path) -> None:
+        path = tmp_path / "jobs.db"
+        path.write_text("these are somebody's notes\n" * 100)
+        with pytest.raises(sqlite3.DatabaseError, match=f"^{path}: file is not a database"):
+            SqliteBlobStore(path)
+        assert path.read_text() == "these are somebody's notes\n" * 100
+
+    @pytest.mark.parametrize("path", ["", ":memory:"])
+    def test_no_file_at_all(self, path: str) -> None:
+        with pytest.raises(ValueError, match="use MemoryBlobStore"):
+            SqliteBlobStore(path)
+
+    @pytest.mark.parametrize("what", ["file", "folder"])
+    def test_read_only(self, what: str) -> None:
+        """The process is not root, whom no permission stops."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            path = folder / "jobs.db"
+            if what == "file":
+                SqliteBlobStore(path).close()
+                path.chmod(0o444)
+            folder.chmod(0o555)
+            result = run_python(
+                """
+                import os, sqlite3, sys
+                from joblock.stores.sqlite import SqliteBlobStore
+                if os.getuid() == 0:
+                    os.setgid(65534); os.setuid(65534)
+                try:
+                    SqliteBlobStore(sys.argv[1])
+                except sqlite3.OperationalError as error:
+                    print(error)
+                """,
+                path,
+            )
+            folder.chmod(0o755)
+        assert result.stderr == ""
+        assert result.stdout.startswith(f"{path}: ")
+        assert "readonly" in result.stdout or "unable to open" in result.stdout
+
+    def test_full_disk(self, tmp_path: Path) -> None:
+        """A limit on the file's size stands for the disk; the error names the path, then too."""
+
+        def no_more_than_64_kib() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+
+        result = run_python(
+            """
+            import sqlite3, sys
+            from joblock.stores.sqlite import SqliteBlobStore
+            with SqliteBlobStore(sys.argv[1]) as store:
+                assert store.set_if_new("small", "x")
+                try:
+                    store.set_if_new("big", "x" * 100_000)
+                except sqlite3.OperationalError as error:
+                    print(error)
+                assert store.get("big") is None
+                assert store.get("small") == "x"
+            """,
+            tmp_path / "jobs.db",
+            preexec_fn=no_more_than_64_kib,
+        )
+        assert result.stderr == ""
+        assert result.stdout.startswith(
+            f"{tmp_path / 'jobs.db'}: d"
+        )  # disk is full, disk I/O error
+
+    def test_locked_by_another_program_for_longer_than_the_timeout(self, tmp_path: Path) -> None:
+        """No endless wait, neither when opening nor when writing."""
+        path = tmp_path / "jobs.db"
+        with SqliteBlobStore(path, timeout=0.05) as store:
+            other = sqlite3.connect(path, isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(sqlite3.OperationalError, match=f"^{path}: database is locked"):
+                store.set(KEY, "x")
+            with pytest.raises(sqlite3.OperationalError, match=f"^{path}: database is locked"):
+                SqliteBlobStore(path, timeout=0.05)
+            assert store.get(KEY) is None
+            other.execute("ROLLBACK")
+            other.close()
+            store.set(KEY, "x")
+
+
+def test_open_waits_for_a_program_that_writes_for_a_moment(tmp_path: Path) -> None:
+    """The switch to WAL does not wait by itself."""
+    path = tmp_path / "jobs.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE t (x)")
+    other.execute("BEGIN EXCLUSIVE")
+    timer = threading.Timer(0.1, lambda: other.execute("COMMIT"))
+    timer.start()
+    with SqliteBlobStore(path) as store:
+        assert store.set_if_new(KEY, "x")
+    timer.join()
+    other.close()
+
+
+def test_settings(tmp_path: Path) -> None:
+    """WAL, synchronous=NORMAL, and a table of its own beside others'."""
+    path = tmp_path / "app.db"
+    with sqlite3.connect(path) as app:
+        app.execute("CREATE TABLE blobs (x)")
+    app.close()
+    with SqliteBlobStore(path) as store:
+        store.set(KEY, "x")
+        connection = store._connection
+        assert connection is not None
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (1,)
+        assert connection.execute("SELECT key, value FROM joblock").fetchall() == [(KEY, "x")]
+
+
+def test_close_and_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left behind, a closed store says so, and a relative path keeps its meaning."""
+    path = tmp_path / "jobs.db"
+    monkeypatch.chdir(tmp_path)
+    with SqliteBlobStore("jobs.db") as store:
+        monkeypatch.chdir("/")
+        store.set(KEY, "x")
+        assert repr(store) == f"SqliteBlobStore({str(path)!r})"
+    store.close()
+    for call in (lambda: store.get(KEY), lambda: store.set_if_new(KEY, "x")):
+        with pytest.raises(sqlite3.ProgrammingError, match=f"^{path}: the store is closed"):
+            call()
+    assert [file.name for file in tmp_path.iterdir()] == ["jobs.db"]
+    with SqliteBlobStore(path) as again:
+        assert again.get(KEY) == "x"
+
+
+def test_a_store_that_nobody_closes_warns_nobody(tmp_path: Path) -> None:
+    """One in a module's global is the usual way to have one."""
+    result = run_python(
+        """
+        import gc, sys
+        from joblock.stores.sqlite import SqliteBlobStore
+        SqliteBlobStore(sys.argv[1]).set("k", "x")
+        gc.collect()
+        kept = SqliteBlobStore(sys.argv[1])
+        """,
+        tmp_path / "jobs.db",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_text_that_others_wrote_and_that_is_not_utf8_is_no_record(tmp_path: Path) -> None:
+    """An operator with the sqlite3 shell must not break the service."""
+    path = tmp_path / "jobs.db"
+    with SqliteBlobStore(path) as store:
+        for literal in ("CAST(x'ff7b7d' AS TEXT)", "x'ff7b7d'", "x'7b7d'", "5"):
+            other = sqlite3.connect(path, isolation_level=None)
+            other.execute(f"REPLACE INTO joblock VALUES (?, {literal}, 'e')", [KEY])  # noqa: S608
+            other.close()
+            joblock.peek_job_lock(store, UID, VAULT)
+            assert joblock.acquire_job_lock(store, UID, VAULT).acquired
+
+
+class TestFork:
+    """A child has the same store, but never its parent's connection."""
+
+    def test_parent_and_child_go_on(self, tmp_path: Path) -> None:
+        """Both before and after; the child sees the parent's lock and the reverse."""
+        path = tmp_path / "jobs.db"
+        with SqliteBlobStore(path) as store:
+            mine = acquired(joblock.acquire_job_lock(store, UID, VAULT))
+            fork = multiprocessing.get_context("fork")
+            ours, theirs = fork.Pipe()
+
+            def child() -> None:
+                theirs.send(held(joblock.acquire_job_lock(store, UID, VAULT)).existing)
+                theirs.send(acquired(joblock.acquire_job_lock(store, UID, "Child")).job_id)
+
+            process = fork.Process(target=child)
+            process.start()
+            assert ours.recv() == mine.record
+            childs_job = ours.recv()
+            process.join()
+            assert process.exitcode == 0
+            assert held(joblock.acquire_job_lock(store, UID, "Child")).existing.job_id == childs_job
+            released = joblock.release_job_lock(
+                store, UID, VAULT, expected_job_id=mine.job_id, etag=mine.etag
+            )
+            assert released.released
+        assert_intact(path)
+
+    def test_no_connection_is_inherited(self, tmp_path: Path) -> None:
+        """SQLite forbids even to close it in the child."""
+        with SqliteBlobStore(tmp_path / "jobs.db") as store:
+            assert store._connection is not None
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0 if store._connection is None else 1)
+            assert os.waitpid(pid, 0)[1] == 0
+            assert store.set_if_new(KEY, "x")
+
+    def test_while_other_threads_use_the_store(self, tmp_path: Path) -> None:
+        """No child inherits a lock that nobody releases, nor a statement half done."""
+        result = run_python(
+            """
+            import os, sys, threading, warnings
+            import joblock
+            from joblock.stores.sqlite import SqliteBlobStore
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: on purpose
+            store = SqliteBlobStore(sys.argv[1])
+            stop = threading.Event()
+            def work(n):
+                while not stop.is_set():
+                    won = joblock.acquire_job_lock(store, "thread", str(n))
+                    assert won.acquired
+                    assert joblock.release_job_lock(
+                        store, "thread", str(n), expected_job_id=won.job_id, etag=won.etag)
+                    SqliteBlobStore(sys.argv[1]).close()
+            threads = [threading.Thread(target=work, args=[n]) for n in range(4)]
+            for thread in threads: thread.start()
+            for round in range(40):
+                pid = os.fork()
+                if pid == 0:
+                    ok = joblock.acquire_job_lock(store, "child", str(round)).acquired
+                    os._exit(0 if ok else 1)
+                assert os.waitpid(pid, 0)[1] == 0
+                assert not joblock.acquire_job_lock(store, "child", str(round)).acquired
+            stop.set()
+            for thread in threads: thread.join()
+            store.close()
+            print("done")
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert (result.stderr, result.stdout) == ("", "done\n")
+        assert_intact(tmp_path / "jobs.db")
+
+    def test_a_child_that_ends_as_python_ends(self, tmp_path: Path) -> None:
+        """With finalization, which closes what it finds: the parent must not notice."""
+        result = run_python(
+            """
+            import os, sys
+            from joblock.stores.sqlite import SqliteBlobStore
+            store = SqliteBlobStore(sys.argv[1])
+            store.set("k", "parent")
+            pid = os.fork()
+            if pid == 0:
+                assert store.get("k") == "parent"
+                sys.exit(7)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+            assert store.get_with_etag("k").value == "parent"
+            store.set("k", "again")
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_many_processes_create_the_same_file_at_once(tmp_path: Path) -> None:
+    """The switch to WAL and the table are made by all of them, and none fails."""
+    spawn = multiprocessing.get_context("fork")
+    for round_ in range(15):
+        path = tmp_path / f"jobs{round_}.db"
+        barrier = spawn.Barrier(12)
+
+        def open_it(path: Path = path, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            with SqliteBlobStore(path) as store:
+                assert store.set_if_new(str(os.getpid()), "x")
+
+        processes = [spawn.Process(target=open_it) for _ in range(12)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 12
+        with SqliteBlobStore(path) as store:
+            assert all(store.get(str(process.pid)) == "x" for process in processes)
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    code = """
+        import sys, joblock
+        from joblock.stores.sqlite import SqliteBlobStore
+        store = SqliteBlobStore(sys.argv[1])
+        print(joblock.acquire_job_lock(store, "user-1", "Business").job_id, flush=True)
+        while True:
+            store.set("busy", "x" * 1000)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "jobs.db")],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+def test_a_lock_survives_the_sigkill_of_its_owner(
+    tmp_path: Path, victim: subprocess.Popen[str]
+) -> None:
+    """In the middle of writing; the file stays sound and the lease holds until its deadline."""
+    assert victim.stdout is not None
+    job_id = victim.stdout.readline().strip()
+    victim.kill()
+    victim.wait()
+    with SqliteBlobStore(tmp_path / "jobs.db") as store:
+        existing = held(joblock.acquire_job_lock(store, UID, VAULT)).existing
+        assert existing.job_id == job_id
+        assert existing.expires_at is not None
+        deadline = existing.expires_at
+        later = acquired(joblock.acquire_job_lock(store, UID, VAULT, clock=lambda: deadline))
+        assert later.took_over == existing
+    assert_intact(tmp_path / "jobs.db")

@@ -1,0 +1,232 @@
+"""What the types promise: run by pytest, and checked by mypy --strict and by pyright.
+
+A wrong call carries the code of the error that both must report; an ignore that has become
+unnecessary is an error too.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Literal, assert_never, assert_type
+
+import pytest
+
+import joblock
+from joblock import (
+    Acquired,
+    AsyncBlobStore,
+    AsyncConditionalBlobStore,
+    Blob,
+    BlobStore,
+    ConditionalBlobStore,
+    Held,
+    JobLockRecord,
+    Lost,
+    MemoryBlobStore,
+    ReleaseResult,
+    Renewed,
+    aio,
+)
+from joblock.store import is_conditional
+from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import await_now
+
+Reason = Literal["lock_owned_by_other_job", "lock_already_gone"]
+
+
+class UsersPlainStore:
+    """A user's store, with names of parameters of its own."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, str] = {}
+
+    def get(self, name: str) -> str | None:
+        return self.data.get(name)
+
+    def set(self, name: str, text: str) -> int:
+        self.data[name] = text
+        return len(text)
+
+    def delete(self, name: str) -> bool:
+        return self.data.pop(name, None) is not None
+
+
+class UsersConditionalStore(UsersPlainStore):
+    def get_with_etag(self, name: str) -> Blob | None:
+        return Blob(self.data[name], self.data[name]) if name in self.data else None
+
+    def set_if_new(self, name: str, text: str) -> str | None:
+        return None if name in self.data else self.set_if_match(name, text, "")
+
+    def set_if_match(self, name: str, text: str, etag: str) -> str | None:
+        if self.data.get(name, "") != etag:
+            return None
+        self.data[name] = text
+        return text
+
+    def delete_if_match(self, name: str, etag: str) -> bool:
+        return self.data.get(name) == etag and self.delete(name)
+
+
+class UsersAsyncStore:
+    def __init__(self) -> None:
+        self.store = UsersConditionalStore()
+
+    async def get(self, name: str) -> str | None:
+        return self.store.get(name)
+
+    async def set(self, name: str, text: str) -> None:
+        self.store.set(name, text)
+
+    async def delete(self, name: str) -> None:
+        self.store.delete(name)
+
+
+class UsersAsyncConditionalStore(UsersAsyncStore):
+    async def get_with_etag(self, name: str) -> Blob | None:
+        return self.store.get_with_etag(name)
+
+    async def set_if_new(self, name: str, text: str) -> str | None:
+        return self.store.set_if_new(name, text)
+
+    async def set_if_match(self, name: str, text: str, etag: str) -> str | None:
+        return self.store.set_if_match(name, text, etag)
+
+    async def delete_if_match(self, name: str, etag: str) -> bool:
+        return self.store.delete_if_match(name, etag)
+
+
+def test_narrowing_on_the_discriminator() -> None:
+    """`.acquired` and `.renewed` tell the two results apart, and so does their truth."""
+    store = MemoryBlobStore()
+    result = joblock.acquire_job_lock(store, "u", "v")
+    assert_type(result, Acquired | Held)
+    if not result.acquired:
+        assert_type(result, Held)
+        assert_type(result.existing, JobLockRecord)
+        assert_type(result.retry_after_s(), int)
+        raise AssertionError
+    assert_type(result, Acquired)
+    assert_type(result.job_id, str)
+    assert_type(result.record, JobLockRecord)
+    assert_type(result.etag, str | None)
+    assert_type(result.took_over, JobLockRecord | None)
+
+    renewed = joblock.renew_job_lock(store, "u", "v", expected_job_id=result.job_id)
+    assert_type(renewed, Renewed | Lost)
+    if renewed.renewed:
+        assert_type(renewed, Renewed)
+        assert_type(renewed.record.expires_at, float | None)
+    else:
+        assert_type(renewed, Lost)
+        assert_type(renewed.reason, Reason)
+        assert_type(renewed.current, JobLockRecord | None)
+
+    again = joblock.acquire_job_lock(store, "u", "v")
+    if again:
+        assert_type(again, Acquired)
+    else:
+        assert_type(again, Held)
+
+
+def test_match() -> None:
+    """Exhaustive: a checker knows that there is no third case."""
+    store = MemoryBlobStore()
+    match joblock.acquire_job_lock(store, "u", "v"):
+        case Acquired(job_id=job_id, took_over=None):
+            assert_type(job_id, str)
+        case Acquired(took_over=crashed):
+            assert_type(crashed, JobLockRecord | None)
+        case Held(existing):
+            assert_type(existing, JobLockRecord)
+        case never:
+            assert_never(never)
+
+    match joblock.release_job_lock(store, "u", "v", expected_job_id=job_id):
+        case ReleaseResult(released=True):
+            pass
+        case ReleaseResult(reason=reason):
+            assert_type(reason, Reason | None)
+
+    match joblock.renew_job_lock(store, "u", "v", expected_job_id=job_id):
+        case Renewed(record, etag):
+            assert_type(record, JobLockRecord)
+            assert_type(etag, str | None)
+        case Lost("lock_already_gone"):
+            pass
+        case Lost(reason, current):
+            assert_type(current, JobLockRecord | None)
+        case never:
+            assert_never(never)
+
+
+def test_users_stores() -> None:
+    """With and without the conditional methods; the protocols are told apart."""
+    plain: BlobStore = UsersPlainStore()
+    conditional: ConditionalBlobStore = UsersConditionalStore()
+    wrong: ConditionalBlobStore = UsersPlainStore()  # type: ignore[assignment] # pyright: ignore[reportAssignmentType]
+    assert not is_conditional(wrong)
+    for store in (plain, conditional):
+        assert_type(joblock.acquire_job_lock(store, "u", "v"), Acquired | Held)
+        assert_type(joblock.peek_job_lock(store, "u", "v"), JobLockRecord | None)
+        assert_type(joblock.release_job_lock(store, "u", "v"), ReleaseResult)
+    if is_conditional(plain):
+        assert_type(plain, ConditionalBlobStore)
+
+    shipped: list[ConditionalBlobStore] = [MemoryBlobStore()]
+    shipped_types: list[type[ConditionalBlobStore]] = [SqliteBlobStore]
+    assert shipped
+    assert shipped_types
+
+
+def test_users_async_stores() -> None:
+    """The same for `joblock.aio`."""
+    plain: AsyncBlobStore = UsersAsyncStore()
+    conditional: AsyncConditionalBlobStore = UsersAsyncConditionalStore()
+    threaded: AsyncBlobStore = aio.ThreadedBlobStore(UsersPlainStore())
+    assert threaded
+
+    async def life(store: AsyncBlobStore) -> None:
+        result = await aio.acquire_job_lock(store, "u", "v")
+        assert_type(result, Acquired | Held)
+        assert result.acquired
+        renewed = await aio.renew_job_lock(store, "u", "v", expected_job_id=result.job_id)
+        assert_type(renewed, Renewed | Lost)
+        assert_type(await aio.peek_job_lock(store, "u", "v"), JobLockRecord | None)
+        assert_type(await aio.release_job_lock(store, "u", "v"), ReleaseResult)
+
+    for store in (plain, conditional):
+        await_now(life(store))
+
+
+def test_clocks_and_factories() -> None:
+    """A clock gives an int or a float, a factory a UUID or a str."""
+    store = MemoryBlobStore()
+    joblock.acquire_job_lock(store, "u", "1", clock=lambda: 5, uuid_factory=uuid.uuid4)
+    joblock.acquire_job_lock(store, "u", "2", clock=lambda: 5.5, uuid_factory=lambda: "job")
+    with pytest.raises(TypeError):
+        joblock.acquire_job_lock(store, "u", "3", clock=lambda: "5")  # type: ignore[arg-type, return-value] # pyright: ignore[reportArgumentType, reportReturnType]
+    with pytest.raises(TypeError):
+        joblock.acquire_job_lock(store, "u", "3", uuid_factory=lambda: 5)  # type: ignore[arg-type, return-value] # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def test_wrong_calls() -> None:
+    """What a checker must refuse, and what happens when nobody ran one."""
+    store = MemoryBlobStore()
+    with pytest.raises(TypeError):
+        joblock.acquire_job_lock(UsersAsyncStore(), "u", "v")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError):
+        await_now(aio.acquire_job_lock(store, "u", "v"))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError):
+        joblock.acquire_job_lock(object(), "u", "v")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError):
+        joblock.acquire_job_lock(store, 5, "v")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError):
+        joblock.acquire_job_lock(store, "u", "v", 1000)  # type: ignore[call-arg, misc] # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError):
+        joblock.renew_job_lock(store, "u", "v")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+    with pytest.raises(AttributeError):
+        joblock.acquire_job_lock(store, "u", "v").job_id_  # type: ignore[union-attr] # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    with pytest.raises(AttributeError):
+        joblock.acquire_job_lock(store, "u", "v").job_id  # type: ignore[union-attr] # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    ReleaseResult(released=False, reason="other")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
