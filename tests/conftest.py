@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import pytest
-
 from tests.support import Api, AsyncApi, Clock, SyncApi
 
 
 @pytest.fixture(params=[SyncApi, AsyncApi], ids=["sync", "async"])
 def api(request: pytest.FixtureRequest) -> Api:
-    """joblock's five functions, once blocking and once async."""
+    """Joblock's five functions, once blocking and once async."""
     chosen: Api = request.param
     return chosen
 

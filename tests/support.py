@@ -1,4 +1,4 @@
-"""What several test files share: a recording plain store, async views, and one face for both APIs."""
+"""What several test files share: recording stores, async views, one face for both APIs."""
 
 from __future__ import annotations
 
@@ -190,10 +190,10 @@ class RecordingStore(joblock.MemoryBlobStore):
 
 
 def acquired(result: joblock.Acquired | joblock.Held) -> joblock.Acquired:
-    assert result.acquired
+    assert isinstance(result, joblock.Acquired)
     return result
 
 
 def held(result: joblock.Acquired | joblock.Held) -> joblock.Held:
-    assert not result.acquired
+    assert isinstance(result, joblock.Held)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,13 +29,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Conditiona
             yield sqlite
 
 
-def at_once(act: Callable[[int], T]) -> list[T]:
-    """What `act` returned in each of many threads that started together."""
+def at_once(act: Callable[[str], T]) -> list[T]:
+    """What `act` returned in each of many threads that started together, given their numbers."""
     barrier = threading.Barrier(THREADS)
 
     def wait_and_act(number: int) -> T:
         barrier.wait()
-        return act(number)
+        return act(str(number))
 
     with ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(wait_and_act, range(THREADS)))
@@ -62,11 +63,11 @@ def test_reads_what_was_written(store: ConditionalBlobStore, value: str) -> None
     store.set(KEY, value)
     assert store.get(KEY) == value
     etag = etag_of(store)
-    for written in (
-        lambda: store.set_if_match(KEY, value, etag),
-        lambda: store.set_if_new(KEY, value),
-    ):
-        new = written()
+    for conditional in ("set_if_match", "set_if_new"):
+        if conditional == "set_if_match":
+            new = store.set_if_match(KEY, value, etag)
+        else:
+            new = store.set_if_new(KEY, value)
         blob = store.get_with_etag(KEY)
         assert blob is not None
         assert (blob.value, blob.etag) == (value, new)
@@ -161,7 +162,7 @@ def test_one_of_many_creates_wins(store: ConditionalBlobStore) -> None:
     """From as many threads; and what is stored is the winner's."""
     for round_ in range(20):
         key = f"{KEY}{round_}"
-        etags = at_once(lambda n, key=key: store.set_if_new(key, str(n)))
+        etags = at_once(partial(store.set_if_new, key))
         (winner,) = [n for n, etag in enumerate(etags) if etag is not None]
         blob = store.get_with_etag(key)
         assert blob is not None
@@ -170,10 +171,14 @@ def test_one_of_many_creates_wins(store: ConditionalBlobStore) -> None:
 
 def test_one_of_many_conditional_writes_wins(store: ConditionalBlobStore) -> None:
     """All with the same etag."""
+
+    def write(etag: str) -> list[str | None]:
+        return at_once(lambda value: store.set_if_match(KEY, value, etag))
+
     etag = store.set_if_new(KEY, "start")
     for _ in range(20):
         assert etag
-        etags = at_once(lambda n, etag=etag: store.set_if_match(KEY, str(n), etag))
+        etags = write(etag)
         (winner,) = [n for n, new in enumerate(etags) if new is not None]
         etag = etags[winner]
         assert (store.get(KEY), etag_of(store)) == (str(winner), etag)
@@ -181,7 +186,11 @@ def test_one_of_many_conditional_writes_wins(store: ConditionalBlobStore) -> Non
 
 def test_one_of_many_conditional_deletes_wins(store: ConditionalBlobStore) -> None:
     """The others are told that they did not remove it."""
+
+    def delete(etag: str) -> list[bool]:
+        return at_once(lambda _: store.delete_if_match(KEY, etag))
+
     for _ in range(20):
         etag = store.set_if_new(KEY, "x")
         assert etag
-        assert at_once(lambda _, etag=etag: store.delete_if_match(KEY, etag)).count(True) == 1
+        assert delete(etag).count(True) == 1

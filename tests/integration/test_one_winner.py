@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.synchronize
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+from tests.support import UID
 
 from joblock import BlobStore, MemoryBlobStore, acquire_job_lock
 from joblock.stores.sqlite import SqliteBlobStore
-from tests.support import UID
 
 ROUNDS = 300
 CLIENTS = 6
@@ -38,9 +38,9 @@ def compete(store: BlobStore, barrier: threading.Barrier) -> list[Report]:
     for number in range(ROUNDS):
         barrier.wait()
         result = acquire_job_lock(store, UID, f"vault-{number}", clock=lambda: NOW)
-        if result.acquired:
+        if result:
             assert (result.took_over is not None) == (number % 3 == 1)
-        record = result.record if result.acquired else result.existing
+        record = result.record if result else result.existing
         reports.append((result.acquired, record.job_id, record.started_at))
     return reports
 
@@ -61,8 +61,8 @@ def test_threads_in_memory() -> None:
     prepare(store)
     barrier = threading.Barrier(CLIENTS)
     with ThreadPoolExecutor(CLIENTS) as threads:
-        clients = list(threads.map(lambda _: compete(store, barrier), range(CLIENTS)))
-    assert_one_winner_each_round(clients)
+        clients = [threads.submit(compete, store, barrier) for _ in range(CLIENTS)]
+    assert_one_winner_each_round([client.result() for client in clients])
 
 
 def process(
@@ -75,12 +75,12 @@ def process(
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_on_sqlite(method: str, tmp_path: Path) -> None:
+def test_processes_on_sqlite(method: Literal["fork", "spawn"], tmp_path: Path) -> None:
     """Each with a connection of its own to the same file."""
     path = tmp_path / "jobs.db"
     with SqliteBlobStore(path) as store:
         prepare(store)
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     barrier = context.Barrier(CLIENTS, timeout=30)
     reports = context.SimpleQueue()
     processes = [

@@ -12,24 +12,27 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.support import KEY, UID, VAULT, acquired, held
 
 import joblock
 from joblock.stores.sqlite import SqliteBlobStore
-from tests.support import KEY, UID, VAULT, acquired, held
 
 
-def run_python(code: str, *args: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run `code` in another process, with warnings as errors."""
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, args)],
+def run_python(
+    code: str, path: Path, preexec_fn: Callable[[], object] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` on `path` in another process, with warnings as errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), str(path)],
         capture_output=True,
+        check=False,
+        preexec_fn=preexec_fn,
         text=True,
         timeout=60,
-        **options,
     )
 
 
@@ -136,11 +139,11 @@ class TestAFileThatCannotBeUsed:
 
 
 def test_open_waits_for_a_program_that_writes_for_a_moment(tmp_path: Path) -> None:
-    """The switch to WAL does not wait by itself."""
+    """SQLite itself does not wait its timeout to switch a file to WAL that is being written."""
     path = tmp_path / "jobs.db"
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("CREATE TABLE t (x)")
-    other.execute("BEGIN EXCLUSIVE")
+    other.execute("BEGIN IMMEDIATE")
     timer = threading.Timer(0.1, lambda: other.execute("COMMIT"))
     timer.start()
     with SqliteBlobStore(path) as store:
@@ -173,9 +176,10 @@ def test_close_and_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         store.set(KEY, "x")
         assert repr(store) == f"SqliteBlobStore({str(path)!r})"
     store.close()
-    for call in (lambda: store.get(KEY), lambda: store.set_if_new(KEY, "x")):
-        with pytest.raises(sqlite3.ProgrammingError, match=f"^{path}: the store is closed"):
-            call()
+    with pytest.raises(sqlite3.ProgrammingError, match=f"^{path}: the store is closed"):
+        store.get(KEY)
+    with pytest.raises(sqlite3.ProgrammingError, match=f"^{path}: the store is closed"):
+        store.set_if_new(KEY, "x")
     assert [file.name for file in tmp_path.iterdir()] == ["jobs.db"]
     with SqliteBlobStore(path) as again:
         assert again.get(KEY) == "x"
@@ -238,13 +242,27 @@ class TestFork:
 
     def test_no_connection_is_inherited(self, tmp_path: Path) -> None:
         """SQLite forbids even to close it in the child."""
-        with SqliteBlobStore(tmp_path / "jobs.db") as store:
-            assert store._connection is not None
+        result = run_python(
+            """
+            import os, sys
+            from pathlib import Path
+            from joblock.stores.sqlite import SqliteBlobStore
+
+            def opened():
+                fds = Path("/proc/self/fd").iterdir()
+                return [fd for fd in fds if fd.resolve() == Path(sys.argv[1])]
+
+            store = SqliteBlobStore(sys.argv[1])
+            assert len(opened()) == 1
             pid = os.fork()
             if pid == 0:
-                os._exit(0 if store._connection is None else 1)
+                os._exit(len(opened()))
             assert os.waitpid(pid, 0)[1] == 0
-            assert store.set_if_new(KEY, "x")
+            assert store.set_if_new("k", "x")
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert (result.returncode, result.stderr) == (0, "")
 
     def test_while_other_threads_use_the_store(self, tmp_path: Path) -> None:
         """No child inherits a lock that nobody releases, nor a statement half done."""

@@ -93,7 +93,7 @@ class Service:
 
     def start_job(self, uid: str, vault: str) -> Response:
         lock = acquire_job_lock(self.store, uid, vault, reason="http", ttl_ms=self.ttl_ms)
-        if not lock.acquired:
+        if not lock:
             return already_running(lock)
         try:
             self.workers.start(uid, vault, lock.job_id)
@@ -123,7 +123,7 @@ class Service:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format: str, *args: object) -> None:
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 pass
 
         class Server(http.server.ThreadingHTTPServer):
@@ -144,7 +144,7 @@ class AsyncService(Service):
 
     async def answer_start(self, store: aio.ThreadedBlobStore, uid: str, vault: str) -> Response:
         lock = await aio.acquire_job_lock(store, uid, vault, reason="http", ttl_ms=self.ttl_ms)
-        if not lock.acquired:
+        if not lock:
             return already_running(lock)
         try:
             self.workers.start(uid, vault, lock.job_id)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
-
-import joblock
-from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio
 from tests.support import (
     KEY,
     UID,
@@ -29,6 +26,9 @@ from tests.support import (
     await_now,
     held,
 )
+
+import joblock
+from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio, locks
 
 BAD_IDS: list[Any] = [None, 5, b"u", "", ".", "..", "a/b", "a\x00", "a\x9f", "\udfff"]
 BAD_JOB_IDS: list[Any] = ["", 5, True, b"job", ["job"]]
@@ -139,7 +139,7 @@ def test_a_ttl_that_is_not_positive_and_finite_is_the_default(
     assert won.record.expires_at == clock.now + joblock.JOB_LOCK_TTL_MS
     clock.tick(7)
     renewed = api.renew(store, UID, VAULT, expected_job_id=won.job_id, ttl_ms=bad, clock=clock)
-    assert renewed.renewed
+    assert renewed
     assert renewed.record.expires_at == clock.now + joblock.JOB_LOCK_TTL_MS
 
 
@@ -239,6 +239,20 @@ def test_an_async_store_in_a_sync_function(function: str, conditional: bool) -> 
         getattr(SyncApi, function)(store, UID, VAULT, **CALLS[function])
     gc.collect()  # a coroutine that was never awaited would warn now, and a warning is an error
     assert inner.get(KEY) is None
+
+
+def test_only_a_view_of_a_blocking_store_is_run_to_its_end() -> None:
+    """A coroutine that suspends is closed and reported, not left hanging."""
+
+    class Suspend:
+        def __await__(self) -> Generator[None, None, None]:
+            yield
+
+    async def suspend() -> None:
+        await Suspend()
+
+    with pytest.raises(RuntimeError, match="suspended"):
+        locks._run(suspend())
 
 
 def test_an_awaitable_that_is_no_coroutine_in_a_sync_function() -> None:

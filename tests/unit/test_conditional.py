@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from tests.support import KEY, UID, VAULT, Api, Clock, RecordingStore, acquired, held
 
 import joblock
 from joblock import Acquired, Held, JobLockRecord, Lost, ReleaseResult, Renewed
-from tests.support import KEY, UID, VAULT, Api, Clock, RecordingStore, acquired, held
 
 TTL = 1000
 
@@ -23,7 +24,7 @@ def store() -> RecordingStore:
 def take(api: Api, clock: Clock) -> Callable[..., Acquired | Held]:
     """Acquire as the job of the given id."""
 
-    def take(store: RecordingStore, job_id: str, **options: object) -> Acquired | Held:
+    def take(store: RecordingStore, job_id: str, **options: Any) -> Acquired | Held:
         return api.acquire(
             store, UID, VAULT, clock=clock, uuid_factory=lambda: job_id, ttl_ms=TTL, **options
         )

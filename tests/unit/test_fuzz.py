@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 
-from joblock import JobLockRecord, MemoryBlobStore, peek_job_lock
 from tests.support import KEY, UID, VAULT
+
+from joblock import JobLockRecord, MemoryBlobStore, peek_job_lock
 
 RECORD = (
     '{"jobId":"j","canisterUid":"u","vaultId":"v","actorUid":null,"chunksToEmbed":90,'

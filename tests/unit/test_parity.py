@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import Api, PlainStore
 
 import joblock
-from tests.support import Api, PlainStore
 
 VECTORS = json.loads(
     (Path(__file__).parents[1] / "vectors" / "seed-behaviour.json").read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def run(api: Api, store: PlainStore, step: dict[str, Any]) -> object:
         result = api.acquire(
             store, *ids, **options, clock=lambda: step["now"], uuid_factory=lambda: step["uuid"]
         )
-        if result.acquired:
+        if result:
             return {"acquired": True, "jobId": result.job_id, "record": result.record.to_dict()}
         return {"acquired": False, "existing": result.existing.to_dict()}
     if step["op"] == "release":

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import KEY, UID, VAULT, PlainStore, acquired, held
 
 from joblock import Blob, MemoryBlobStore, aio
 from joblock.stores.sqlite import SqliteBlobStore
-from tests.support import KEY, UID, VAULT, PlainStore, acquired, held
 
 
 def test_is_conditional_exactly_when_its_store_is() -> None:
@@ -34,7 +34,7 @@ def test_serves_the_whole_life_of_a_lock(tmp_path: Path) -> None:
         second = held(await aio.acquire_job_lock(store, UID, VAULT))
         assert second.existing == won.record
         renewed = await aio.renew_job_lock(store, UID, VAULT, expected_job_id=won.job_id)
-        assert renewed.renewed
+        assert renewed
         assert await aio.peek_job_lock(store, UID, VAULT) == renewed.record
         released = await aio.release_job_lock(
             store, UID, VAULT, expected_job_id=won.job_id, etag=renewed.etag

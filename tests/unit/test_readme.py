@@ -1,0 +1,83 @@
+"""The README's code runs as it stands, and the demonstration does what the README says."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from joblock import Blob, MemoryBlobStore, acquire_job_lock
+from joblock.store import is_conditional
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+HANDLER, WORKER, OPEN, OWN_STORE = PYTHON
+
+
+def test_the_handler() -> None:
+    """202, then 409 with the record and Retry-After; a failed start frees the lock."""
+    jobs: list[tuple[str, ...]] = []
+
+    def enqueue(*job: str) -> None:
+        if job[1] == "unlucky":
+            raise ConnectionError
+        jobs.append(job)
+
+    scope: dict[str, Any] = {"enqueue": enqueue}
+    exec(HANDLER, scope)  # noqa: S102
+    store = MemoryBlobStore()
+    status, body, _ = scope["start_indexing"](store, "u", "v")
+    assert (status, jobs) == (202, [("u", "v", body["jobId"])])
+    status, held, headers = scope["start_indexing"](store, "u", "v")
+    assert (status, held["jobId"], headers) == (409, body["jobId"], {"Retry-After": "960"})
+
+    with pytest.raises(ConnectionError):
+        scope["start_indexing"](store, "u", "unlucky")
+    assert list(store) == ["index-jobs/u/v.json"]
+
+
+def test_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It releases the job it was given, on the store that the README opens."""
+    monkeypatch.chdir(tmp_path)
+    built: list[tuple[str, str]] = []
+
+    def build_index(user: str, vault: str) -> None:
+        built.append((user, vault))
+
+    scope: dict[str, Any] = {"user": "u", "vault": "v", "build_index": build_index}
+    exec(OPEN, scope)  # noqa: S102
+    with scope["store"] as store:
+        lock = acquire_job_lock(store, "u", "v")
+        assert lock
+        exec("from joblock import release_job_lock", scope)  # noqa: S102
+        exec(WORKER, scope | {"job_id": lock.job_id})  # noqa: S102
+        assert store.get("index-jobs/u/v.json") is None
+    assert built == [("u", "v")]
+
+
+def test_the_store_of_ones_own() -> None:
+    """The methods listed are all that a conditional store needs."""
+    scope: dict[str, Any] = {"Blob": Blob}
+    exec(OWN_STORE, scope)  # noqa: S102
+    assert is_conditional(scope["MyStore"]())
+
+
+def test_the_snippets_are_as_short_as_they_claim() -> None:
+    """Ten lines for a handler (and the import that it needs), three for a worker."""
+    assert len(HANDLER[HANDLER.index("def") :].strip().splitlines()) == 10
+    assert len(WORKER.strip().splitlines()) == 3
+
+
+def test_the_demonstration(capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m joblock`: started, already running, released, started again."""
+    runpy.run_module("joblock", run_name="__main__")
+    runpy.run_module("joblock.__main__", run_name="imported")  # and an import shows nothing
+    first, second, ended, third = capsys.readouterr().out.splitlines()
+    job_id = first.removeprefix("202  job ").removesuffix(" started")
+    assert second.startswith(f"409  job {job_id} is running, retry after ")
+    assert ended == f"     job {job_id} ended, lock released: True"
+    assert third.startswith("202  job ")
+    assert job_id not in third
