@@ -108,16 +108,13 @@ def as_text(value: object) -> str | None:
 
 
 def as_number(value: object) -> float | None:
-    """`value` as JavaScript holds it if `Number.isFinite` takes it, else None. A bool is none."""
+    """`value` if JavaScript's `Number.isFinite` takes it, else None: a bool is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        double = float(value)
-    except OverflowError:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an int that no double can hold
         return None
-    if not math.isfinite(double):
-        return None
-    return value if abs(value) <= 2**53 else double
 
 
 _NOT_IN_AN_ID = re.compile("[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from tests.support import UID
 
 from joblock import BlobStore, MemoryBlobStore, acquire_job_lock
 from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import UID
 
 ROUNDS = 300
 CLIENTS = 6

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.support import KEY, UID, VAULT, acquired, held
 
 import joblock
 from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import KEY, UID, VAULT, acquired, held
 
 
 def run_python(

@@ -9,6 +9,9 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
+
+import joblock
+from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio, locks
 from tests.support import (
     KEY,
     UID,
@@ -26,9 +29,6 @@ from tests.support import (
     await_now,
     held,
 )
-
-import joblock
-from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio, locks
 
 BAD_IDS: list[Any] = [None, 5, b"u", "", ".", "..", "a/b", "a\x00", "a\x9f", "\udfff"]
 BAD_JOB_IDS: list[Any] = ["", 5, True, b"job", ["job"]]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.support import KEY, UID, VAULT, Api, Clock, RecordingStore, acquired, held
 
 import joblock
 from joblock import Acquired, Held, JobLockRecord, Lost, ReleaseResult, Renewed
+from tests.support import KEY, UID, VAULT, Api, Clock, RecordingStore, acquired, held
 
 TTL = 1000
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-from tests.support import KEY, UID, VAULT
-
 from joblock import JobLockRecord, MemoryBlobStore, peek_job_lock
+from tests.support import KEY, UID, VAULT
 
 RECORD = (
     '{"jobId":"j","canisterUid":"u","vaultId":"v","actorUid":null,"chunksToEmbed":90,'

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import Api, PlainStore
 
 import joblock
+from tests.support import Api, PlainStore
 
 VECTORS = json.loads(
     (Path(__file__).parents[1] / "vectors" / "seed-behaviour.json").read_text(encoding="utf-8")

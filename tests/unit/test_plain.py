@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.support import KEY, UID, VAULT, Api, Clock, PlainStore, acquired, held
 
 from joblock import JobLockRecord, Lost, Renewed
+from tests.support import KEY, UID, VAULT, Api, Clock, PlainStore, acquired, held
 
 
 def test_acquire_has_no_etag_and_keeps_the_receipt(api: Api, clock: Clock) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import KEY, UID, VAULT, PlainStore, acquired, held
 
 from joblock import Blob, MemoryBlobStore, aio
 from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import KEY, UID, VAULT, PlainStore, acquired, held
 
 
 def test_is_conditional_exactly_when_its_store_is() -> None:

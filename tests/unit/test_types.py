@@ -10,7 +10,6 @@ import uuid
 from typing import Literal, assert_type
 
 import pytest
-from tests.support import await_now
 
 import joblock
 from joblock import (
@@ -30,6 +29,7 @@ from joblock import (
 )
 from joblock.store import is_conditional
 from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import await_now
 
 Reason = Literal["lock_owned_by_other_job", "lock_already_gone"]
 
