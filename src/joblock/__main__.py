@@ -11,13 +11,13 @@ from .stores.sqlite import SqliteBlobStore
 
 
 def click(store: BlobStore) -> str | None:
-    """Answer one request to start the job, as a web handler would; return the new job's id."""
+    """Answer one request to start the job, as a web handler would; return the job that runs."""
     lock = acquire_job_lock(store, "user-1", "Business")
-    if not lock:
-        print(f"409  job {lock.existing.job_id} is running, retry after {lock.retry_after_s()} s")
-        return None
-    print(f"202  job {lock.job_id} started")
-    return lock.job_id
+    if lock:
+        print(f"202  job {lock.job_id} started")
+        return lock.job_id
+    print(f"409  job {lock.existing.job_id} is running, retry after {lock.retry_after_s()} s")
+    return lock.existing.job_id
 
 
 def main() -> None:

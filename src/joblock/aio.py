@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import inspect
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 from . import _protocol
 from ._protocol import JOB_LOCK_TTL_MS
 from .record import JobLockRecord, epoch_ms
 from .results import Acquired, Held, Lost, ReleaseResult, Renewed
 from .store import (
+    CONDITIONAL,
     AsyncBlobStore,
-    Blob,
     BlobStore,
-    ConditionalBlobStore,
     WrongStoreError,
     is_conditional,
     require,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 __all__ = [
     "ThreadedBlobStore",
@@ -126,16 +129,20 @@ class ThreadedBlobStore:
     """An async store that calls a blocking one in asyncio's worker threads.
 
     It has the conditional methods if `store` has them. `store` must be safe to use from any
-    thread. A call that is cancelled goes on in its thread: its write may still take effect.
+    thread. A call that is cancelled goes on in its thread: its write may still take effect, and
+    may do so after whatever its caller does next.
     """
 
-    def __new__(cls, store: BlobStore) -> ThreadedBlobStore:
-        """Choose the conditional class for a conditional store."""
-        require(store, ("get", "set", "delete"))
-        return object.__new__(_ThreadedConditionalBlobStore if is_conditional(store) else cls)
-
     def __init__(self, store: BlobStore) -> None:
+        methods = _methods(store, ("get", "set", "delete"))
+        if any(inspect.iscoroutinefunction(getattr(store, name)) for name in methods):
+            raise WrongStoreError(f"{type(store).__name__} is async already: use it as it is")
         self._store = store
+        if is_conditional(store):
+            self.get_with_etag = _in_thread(store.get_with_etag)
+            self.set_if_new = _in_thread(store.set_if_new)
+            self.set_if_match = _in_thread(store.set_if_match)
+            self.delete_if_match = _in_thread(store.delete_if_match)
 
     def __repr__(self) -> str:
         return f"ThreadedBlobStore({self._store!r})"
@@ -153,27 +160,23 @@ class ThreadedBlobStore:
         await asyncio.to_thread(self._store.delete, key)
 
 
-class _ThreadedConditionalBlobStore(ThreadedBlobStore):
-    _store: ConditionalBlobStore
+def _in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.to_thread(method, *args, **kwargs)
 
-    async def get_with_etag(self, key: str) -> Blob | None:
-        return await asyncio.to_thread(self._store.get_with_etag, key)
+    return call
 
-    async def set_if_new(self, key: str, value: str) -> str | None:
-        return await asyncio.to_thread(self._store.set_if_new, key, value)
 
-    async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
-        return await asyncio.to_thread(self._store.set_if_match, key, value, etag)
-
-    async def delete_if_match(self, key: str, etag: str) -> bool:
-        return await asyncio.to_thread(self._store.delete_if_match, key, etag)
+def _methods(store: BlobStore | AsyncBlobStore, needed: tuple[str, ...]) -> tuple[str, ...]:
+    require(store, needed)
+    return (*needed, *CONDITIONAL) if is_conditional(store) else needed
 
 
 def _require_async(store: AsyncBlobStore, needed: tuple[str, ...]) -> None:
-    require(store, needed)
     # Before any call: to find out by awaiting a blocking store's answer would be after its write.
-    if not inspect.iscoroutinefunction(getattr(store, needed[0])):
-        raise WrongStoreError(
-            f"{type(store).__name__} is not async (its methods are not `async def`): use the "
-            "functions of joblock, or wrap it in joblock.aio.ThreadedBlobStore"
-        )
+    for name in _methods(store, needed):
+        if not inspect.iscoroutinefunction(getattr(store, name)):
+            raise WrongStoreError(
+                f"{type(store).__name__}.{name} is not `async def`: use the functions of joblock, "
+                "or wrap the store in joblock.aio.ThreadedBlobStore"
+            )

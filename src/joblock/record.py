@@ -36,7 +36,8 @@ def job_lock_key(canister_uid: str, vault_id: str) -> str:
     """
     _check_id("canister_uid", canister_uid)
     _check_id("vault_id", vault_id)
-    return f"index-jobs/{canister_uid}/{vault_id}.json"
+    # Not an f-string: it would ask an id of an enum's class for its name instead of its text.
+    return "".join(("index-jobs/", canister_uid, "/", vault_id, ".json"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class JobLockRecord:
         return text if text.isascii() else _SURROGATES.sub(_well_formed, text)
 
     @classmethod
-    def from_json(cls, text: str | bytes | None) -> JobLockRecord | None:
+    def from_json(cls, text: str | bytes | bytearray | None) -> JobLockRecord | None:
         """Return the record that `text` holds, or None for whatever is not a JSON object."""
         document = _parse(text)
         if not isinstance(document, dict):
@@ -145,7 +146,7 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
 
 def _parse(text: object) -> JsonValue:
     try:
-        if isinstance(text, bytes):
+        if isinstance(text, bytes | bytearray):
             text = text.decode()
         if not isinstance(text, str) or _too_deep(text):
             return None

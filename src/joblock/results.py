@@ -42,9 +42,14 @@ class Held:
     acquired: ClassVar[Literal[False]] = False
     existing: JobLockRecord
 
-    def retry_after_s(self, clock: Callable[[], float] = epoch_ms) -> int:
-        """Return the whole seconds, at least 1, until the lease expires: HTTP's `Retry-After`."""
-        left_ms = (self.existing.expires_at or 0) - clock()
+    def retry_after_s(
+        self, clock: Callable[[], float] = epoch_ms, *, clock_skew_ms: float = 0
+    ) -> int:
+        """Return the whole seconds, at least 1, until the lease expires: HTTP's `Retry-After`.
+
+        Give it the `clock_skew_ms` of the acquire, for which the lease is honoured longer.
+        """
+        left_ms = (self.existing.expires_at or 0) + clock_skew_ms - clock()
         return max(1, math.ceil(left_ms / 1000))
 
     def __bool__(self) -> Literal[False]:

@@ -98,7 +98,7 @@ class WrongStoreError(TypeError):
     """The store lacks methods, or is async where a blocking one is needed, or the reverse."""
 
 
-_CONDITIONAL = ("get_with_etag", "set_if_new", "set_if_match", "delete_if_match")
+CONDITIONAL = ("get_with_etag", "set_if_new", "set_if_match", "delete_if_match")
 
 
 @overload
@@ -110,8 +110,8 @@ def is_conditional(store: object) -> bool:
 
     Some of them but not all is a mistake, which must not silently cost the guarantee: TypeError.
     """
-    missing = _missing(store, _CONDITIONAL)
-    if missing and len(missing) < len(_CONDITIONAL):
+    missing = _missing(store, CONDITIONAL)
+    if missing and len(missing) < len(CONDITIONAL):
         raise WrongStoreError(
             f"{type(store).__name__} has some conditional methods but lacks {', '.join(missing)}"
         )

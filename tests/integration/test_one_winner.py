@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -35,20 +36,34 @@ def prepare(store: BlobStore) -> None:
 
 def compete(store: BlobStore, barrier: threading.Barrier) -> list[Report]:
     reports: list[Report] = []
-    for number in range(ROUNDS):
-        barrier.wait()
-        result = acquire_job_lock(store, UID, f"vault-{number}", clock=lambda: NOW)
-        if result:
-            assert (result.took_over is not None) == (number % 3 == 1)
-        record = result.record if result else result.existing
-        reports.append((result.acquired, record.job_id, record.started_at))
+    try:
+        for number in range(ROUNDS):
+            barrier.wait()
+            result = acquire_job_lock(store, UID, f"vault-{number}", clock=lambda: NOW)
+            if result:
+                assert (result.took_over is not None) == (number % 3 == 1)
+            record = result.record if result else result.existing
+            reports.append((bool(result), record.job_id, record.started_at))
+    except BaseException:
+        barrier.abort()  # nobody else must wait for this client
+        raise
     return reports
 
 
-def assert_one_winner_each_round(clients: list[list[Report]]) -> None:
-    assert len(clients) == CLIENTS
+def send(reports: Any, store: BlobStore, barrier: threading.Barrier) -> None:
+    """Report to the parent, which must not wait for ever for a client that failed."""
+    try:
+        reports.put(compete(store, barrier))
+    except BaseException:
+        reports.put(traceback.format_exc())
+        raise
+
+
+def assert_one_winner_each_round(clients: list[list[Report] | str]) -> None:
+    reported = [client for client in clients if not isinstance(client, str)]
+    assert len(reported) == CLIENTS, clients
     winners: set[int] = set()
-    for number, reports in enumerate(zip(*clients, strict=True)):
+    for number, reports in enumerate(zip(*reported, strict=True)):
         assert [won for won, _, _ in reports].count(True) == 1, f"round {number}: {reports}"
         assert len({job_id for _, job_id, _ in reports}) == 1, f"round {number}: {reports}"
         winners.add([won for won, _, _ in reports].index(True))
@@ -65,13 +80,9 @@ def test_threads_in_memory() -> None:
     assert_one_winner_each_round([client.result() for client in clients])
 
 
-def process(
-    path: Path,
-    barrier: threading.Barrier,
-    reports: multiprocessing.SimpleQueue[list[Report]],
-) -> None:
+def process(path: Path, barrier: threading.Barrier, reports: Any) -> None:
     with SqliteBlobStore(path) as store:
-        reports.put(compete(store, barrier))
+        send(reports, store, barrier)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -102,10 +113,9 @@ def test_threads_and_a_forked_process_share_a_store(tmp_path: Path) -> None:
         barrier = context.Barrier(CLIENTS, timeout=30)
         reports = context.SimpleQueue()
 
-        def child() -> None:
-            reports.put(compete(store, barrier))
-
-        processes = [context.Process(target=child) for _ in range(CLIENTS - 1)]
+        processes = [
+            context.Process(target=send, args=(reports, store, barrier)) for _ in range(CLIENTS - 1)
+        ]
         for client in processes:
             client.start()
         mine = compete(store, barrier)

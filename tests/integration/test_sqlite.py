@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import sqlite3
@@ -60,6 +62,27 @@ class TestAFileThatCannotBeUsed:
         with pytest.raises(sqlite3.DatabaseError, match=f"^{path}: file is not a database"):
             SqliteBlobStore(path)
         assert path.read_text() == "these are somebody's notes\n" * 100
+
+    @pytest.mark.parametrize("name", ["x" * 5000, "nul\x00"], ids=["long", "nul"])
+    def test_a_folder_that_cannot_be(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(sqlite3.OperationalError, match="no such folder"):
+            SqliteBlobStore(tmp_path / name / "jobs.db")
+
+    @pytest.mark.parametrize("columns", ["key, value, etag", "key PRIMARY KEY, value", "x"])
+    def test_a_table_of_another_making(self, tmp_path: Path, columns: str) -> None:
+        """Without its primary key two jobs would win."""
+        path = tmp_path / "jobs.db"
+        other = sqlite3.connect(path)
+        other.execute(f"CREATE TABLE joblock ({columns})")
+        other.close()
+        with pytest.raises(sqlite3.DatabaseError, match=f"^{path}: its table joblock is not"):
+            SqliteBlobStore(path)
+
+    @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), 1e7])
+    def test_a_timeout_that_sqlite_cannot_count(self, tmp_path: Path, timeout: float) -> None:
+        """It would not wait at all."""
+        with pytest.raises(ValueError, match="^timeout must be 0 to"):
+            SqliteBlobStore(tmp_path / "jobs.db", timeout=timeout)
 
     @pytest.mark.parametrize("path", ["", ":memory:"])
     def test_no_file_at_all(self, path: str) -> None:
@@ -150,6 +173,38 @@ def test_open_waits_for_a_program_that_writes_for_a_moment(tmp_path: Path) -> No
         assert store.set_if_new(KEY, "x")
     timer.join()
     other.close()
+
+
+def test_a_call_does_not_wait_for_other_threads_longer_than_the_timeout(tmp_path: Path) -> None:
+    """However many of them queue behind a file that another program has locked."""
+    path = tmp_path / "jobs.db"
+    with SqliteBlobStore(path, timeout=0.05) as store:
+        entered, leave = threading.Event(), threading.Event()
+
+        def occupy() -> None:
+            with store._lock:
+                entered.set()
+                leave.wait(30)
+
+        thread = threading.Thread(target=occupy)
+        thread.start()
+        entered.wait(30)
+        with pytest.raises(sqlite3.OperationalError, match=f"^{path}: .*another thread"):
+            store.get(KEY)
+        leave.set()
+        thread.join()
+        assert store.get(KEY) is None
+
+
+def test_a_copy_is_a_store_of_its_own(tmp_path: Path) -> None:
+    """On the same file, with a connection of its own: so it can be sent to a worker process."""
+    with SqliteBlobStore(tmp_path / "jobs.db", timeout=3) as store:
+        store.set(KEY, "x")
+        for other in (copy.copy(store), pickle.loads(pickle.dumps(store))):  # noqa: S301
+            assert other.get(KEY) == "x"
+            assert other._timeout == 3
+            other.close()
+        assert store.get(KEY) == "x"
 
 
 def test_settings(tmp_path: Path) -> None:
@@ -299,6 +354,33 @@ class TestFork:
         )
         assert (result.stderr, result.stdout) == ("", "done\n")
         assert_intact(tmp_path / "jobs.db")
+
+    def test_in_a_signal_handler_during_a_write(self, tmp_path: Path) -> None:
+        """A handler that starts a child must not make a write that took effect look failed."""
+        result = run_python(
+            """
+            import os, signal, sqlite3, sys, threading, time, warnings
+            from joblock.stores.sqlite import SqliteBlobStore
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: on purpose
+            store = SqliteBlobStore(sys.argv[1])
+            other = sqlite3.connect(sys.argv[1], isolation_level=None, check_same_thread=False)
+            other.execute("BEGIN IMMEDIATE")
+            def fork(*_):
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(0)
+                os.waitpid(pid, 0)
+            signal.signal(signal.SIGALRM, fork)
+            timer = threading.Timer(0.3, other.execute, ["COMMIT"])
+            timer.start()
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            etag = store.set_if_new("k", "x")
+            timer.join()
+            assert store.get_with_etag("k").etag == etag
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert (result.returncode, result.stderr) == (0, "")
 
     def test_a_child_that_ends_as_python_ends(self, tmp_path: Path) -> None:
         """With finalization, which closes what it finds: the parent must not notice."""

@@ -167,12 +167,12 @@ def test_a_clock_that_gives_no_number(
     assert store.calls == []
 
 
-@pytest.mark.parametrize("bad", ["", None, 5, b"job"], ids=repr)
+@pytest.mark.parametrize("bad", ["", None, 5, b"job", "\ud83d\udd12"], ids=repr)
 @pytest.mark.parametrize("store_type", [MemoryBlobStore, PlainStore])
 def test_a_uuid_factory_that_gives_no_id(api: Api, bad: Any, store_type: Callable[[], Any]) -> None:
     """Such a lock could never be released by its job."""
     store = store_type()
-    with pytest.raises(InvalidIdError, match="^uuid_factory's job id must be a non-empty string"):
+    with pytest.raises(InvalidIdError, match="^uuid_factory's job id must"):
         api.acquire(store, UID, VAULT, uuid_factory=lambda: bad)
     assert store.get(KEY) is None
 
@@ -277,9 +277,30 @@ def test_a_blocking_store_in_an_async_function(
 ) -> None:
     """TypeError that names the way out, before the store is called: no lock is left behind."""
     store: Any = store_type()
-    with pytest.raises(TypeError, match=r"joblock, or wrap it in joblock\.aio\.ThreadedBlobStore"):
+    with pytest.raises(
+        TypeError, match=r"joblock, or wrap the store in joblock\.aio\.ThreadedBlobStore"
+    ):
         asyncio.run(getattr(aio, f"{function}_job_lock")(store, UID, VAULT, **CALLS[function]))
     assert store.calls == []
+
+
+@pytest.mark.parametrize("method", ["set", "set_if_new"])
+def test_one_blocking_method_in_an_async_store(method: str) -> None:
+    """A forgotten `async` is found before anything is written."""
+    inner = MemoryBlobStore()
+    view = AsyncConditionalView(inner)
+    setattr(view, method, getattr(inner, method))
+    with pytest.raises(TypeError, match=rf"View\.{method} is not `async def`"):
+        await_now(aio.acquire_job_lock(view, UID, VAULT))
+    assert len(inner) == 0
+
+
+@pytest.mark.parametrize("inner", [MemoryBlobStore(), PlainStore()], ids=["conditional", "plain"])
+def test_an_async_store_in_a_threaded_one(inner: Any) -> None:
+    """Its coroutines would be taken for answers."""
+    store: Any = async_view(inner)
+    with pytest.raises(TypeError, match="is async already"):
+        aio.ThreadedBlobStore(store)
 
 
 def test_an_async_mock_is_an_async_store() -> None:

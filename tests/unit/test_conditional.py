@@ -301,6 +301,19 @@ class TestRenew:
         assert renewed.record.expires_at == clock.now + joblock.JOB_LOCK_TTL_MS
         assert store.get(KEY) == renewed.record.to_json()
 
+    @pytest.mark.parametrize("given", ["etag", "record"])
+    def test_with_only_one_of_them_reads_first(
+        self, store: RecordingStore, take: Take, api: Api, clock: Clock, given: str
+    ) -> None:
+        won = acquired(take(store, "a"))
+        store.calls.clear()
+        clock.tick(400)
+        option = {given: getattr(won, given)}
+        renewed = api.renew(store, UID, VAULT, expected_job_id="a", clock=clock, **option)
+        assert isinstance(renewed, Renewed)
+        assert store.calls == ["get_with_etag", "set_if_match"]
+        assert store.get(KEY) == renewed.record.to_json()
+
     def test_with_an_outdated_etag_looks_again(
         self, store: RecordingStore, take: Take, api: Api, clock: Clock
     ) -> None:

@@ -14,6 +14,11 @@ def test_length_iteration_and_repr() -> None:
     assert repr(store).startswith('MemoryBlobStore({\'index-jobs/u/v.json\': \'{"jobId":"j",')
 
 
+def test_an_empty_store_is_true() -> None:
+    """`store or DEFAULT` in a service must not drop its test's empty store."""
+    assert MemoryBlobStore()
+
+
 def test_iteration_is_over_a_snapshot() -> None:
     """So that a test can clear the store while it goes over it."""
     store = MemoryBlobStore()

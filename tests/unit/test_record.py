@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -20,6 +21,17 @@ FULL = (
 def test_key() -> None:
     """The key is the original's."""
     assert job_lock_key("user-1", "Bus iness é") == "index-jobs/user-1/Bus iness é.json"
+
+
+def test_key_of_an_id_that_is_an_enum_is_the_key_of_its_text() -> None:
+    """They are equal, so they must not be two locks."""
+
+    class Vault(str, Enum):  # noqa: UP042 - this is how ids get enums in older code
+        BUSINESS = "Business"
+
+    assert job_lock_key("u", Vault.BUSINESS) == job_lock_key("u", "Business")
+    record = JobLockRecord("j", "u", Vault.BUSINESS)
+    assert record.to_json() == JobLockRecord("j", "u", "Business").to_json()
 
 
 BAD_IDS: list[Any] = [
@@ -54,6 +66,7 @@ def test_round_trip() -> None:
     assert record is not None
     assert record.to_json() == FULL
     assert JobLockRecord.from_json(FULL.encode()) == record
+    assert JobLockRecord.from_json(bytearray(FULL.encode())) == record
 
 
 def test_extra_fields_of_newer_writers_are_kept_in_order() -> None:

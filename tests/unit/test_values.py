@@ -72,6 +72,11 @@ def test_retry_after_is_whole_seconds_and_at_least_one(now: float, seconds: int)
     assert isinstance(Held(RECORD).retry_after_s(clock=lambda: now), int)
 
 
+def test_retry_after_counts_the_clock_skew_for_which_a_lease_is_honoured() -> None:
+    """The same as was given to acquire."""
+    assert Held(RECORD).retry_after_s(lambda: 11_000, clock_skew_ms=3000) == 2
+
+
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_errors_carry_their_evidence_through_pickling(error: JobLockError) -> None:
     """A worker pool hands them from process to process."""

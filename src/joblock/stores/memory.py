@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
+from typing import Literal
 
 from ..store import Blob
 
@@ -13,7 +14,8 @@ class MemoryBlobStore:
     """A conditional store in this process's memory, safe from any thread.
 
     `len(store)` is the number of keys and `iter(store)` goes over them. Other processes do not
-    see it, and a child after fork has a copy of its own.
+    see it. Not for signal handlers, nor for a child forked while another thread used the store:
+    they may wait for its lock for ever.
     """
 
     def __init__(self) -> None:
@@ -23,6 +25,9 @@ class MemoryBlobStore:
 
     def __len__(self) -> int:
         return len(self._blobs)
+
+    def __bool__(self) -> Literal[True]:
+        return True  # `store or DEFAULT` must not drop an empty test double
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._blobs))

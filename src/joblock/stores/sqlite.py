@@ -14,6 +14,7 @@ import sqlite3
 import threading
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,12 +31,15 @@ CREATE TABLE IF NOT EXISTS joblock (
 class SqliteBlobStore:
     """A conditional store in the SQLite file at `path`, which is created if it is not there.
 
-    Safe from any thread, and in a child after fork. `timeout` is for how many seconds a call waits
-    while another process writes. Every error is a `sqlite3.Error` whose text begins with the path;
-    a file that cannot be used is found out here, at once.
+    Safe from any thread, and in a child after fork. A call waits up to `timeout` seconds for the
+    other threads of this process, and as long again while another process writes. What SQLite
+    reports is raised as a `sqlite3.Error` whose text begins with the path; a file that cannot be
+    opened or written, or is no database, is found out here, at once.
 
     Close it with `close()` or `with`. Do not delete or replace the file while any process has it
-    open: that process would go on with the old one. To free a lock, release it.
+    open: that process would go on with the old one. To free a lock, release it. Give it a file of
+    its own if your process forks: SQLite forgets its locks in a child if a connection of your own
+    to the same file is open across the fork.
     """
 
     _connection: sqlite3.Connection | None = None
@@ -43,6 +47,8 @@ class SqliteBlobStore:
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 5.0) -> None:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError("path must name a file; for memory, use MemoryBlobStore")
+        if not 0 <= timeout <= 1_000_000:
+            raise ValueError(f"timeout must be 0 to 1,000,000 seconds, not {timeout!r}")
         self._path = Path(path).absolute()
         self._timeout = timeout
         self._closed = False
@@ -53,6 +59,9 @@ class SqliteBlobStore:
 
     def __repr__(self) -> str:
         return f"SqliteBlobStore({str(self._path)!r})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(SqliteBlobStore, timeout=self._timeout), (self._path,)
 
     def __enter__(self) -> Self:
         return self
@@ -119,11 +128,17 @@ class SqliteBlobStore:
 
     def _execute(self, statement: str, *values: str) -> tuple[int, Any]:
         try:
-            with self._lock:
+            if not self._lock.acquire(timeout=self._timeout):
+                raise sqlite3.OperationalError("database is locked by another thread's call")
+            try:
                 if self._connection is None:
                     self._connection = self._connect()
                 cursor = self._connection.execute(statement, values)
-                return cursor.rowcount, cursor.fetchone()
+                # A write has nothing to fetch, and a signal handler that forks may have closed
+                # the connection by now.
+                return cursor.rowcount, cursor.fetchone() if cursor.description else None
+            finally:
+                self._lock.release()
         except sqlite3.Error as error:
             error.args = (f"{self._path}: {error}",)
             raise
@@ -131,7 +146,7 @@ class SqliteBlobStore:
     def _connect(self) -> sqlite3.Connection:
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
-        if not self._path.parent.is_dir():
+        if not os.path.isdir(self._path.parent):  # noqa: PTH112 - it never raises
             raise sqlite3.OperationalError("unable to open database file: no such folder")
         deadline = time.monotonic() + self._timeout
         while True:
@@ -160,6 +175,9 @@ def _prepare(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute(_CREATE)
+    columns = connection.execute("SELECT name, pk FROM pragma_table_info('joblock')").fetchall()
+    if columns != [("key", 1), ("value", 0), ("etag", 0)]:
+        raise sqlite3.DatabaseError("its table joblock is not of joblock's making")
     connection.execute("BEGIN IMMEDIATE")  # a read-only file is found out now, not at a lock
     connection.execute("ROLLBACK")
 
@@ -183,16 +201,20 @@ _registry = threading.RLock()
 _open_stores: weakref.WeakSet[SqliteBlobStore] = weakref.WeakSet()
 
 
+_locked: list[SqliteBlobStore] = []
+
+
 def _before_fork() -> None:
     _registry.acquire()
     for store in _open_stores:
         store._lock.acquire()
+        _locked.append(store)
         store._disconnect()
 
 
 def _after_fork() -> None:
-    for store in _open_stores:
-        store._lock.release()
+    while _locked:
+        _locked.pop()._lock.release()
     _registry.release()
 
 
