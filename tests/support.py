@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import joblock
 from joblock import BlobStore, ConditionalBlobStore, aio
+from joblock.locks import _run as await_now
 from joblock.store import is_conditional
 
-T = TypeVar("T")
+__all__ = ["await_now"]  # runs a coroutine that waits for nothing: an event loop would cost time
 
 UID, VAULT = "user-1", "Business"
 KEY = "index-jobs/user-1/Business.json"
@@ -92,17 +93,6 @@ class AsyncConditionalView(AsyncView):
 
 def async_view(store: BlobStore) -> AsyncView:
     return AsyncConditionalView(store) if is_conditional(store) else AsyncView(store)
-
-
-def await_now(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that waits for nothing; an event loop a call would cost a test its speed."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    coroutine.close()
-    raise AssertionError("the coroutine waited for something")
 
 
 class SyncApi:

@@ -199,8 +199,6 @@ def _new_etag() -> str:
 # So there is none while a process forks: each store's is closed, and opened again when needed.
 _registry = threading.RLock()
 _open_stores: weakref.WeakSet[SqliteBlobStore] = weakref.WeakSet()
-
-
 _locked: list[SqliteBlobStore] = []
 
 
