@@ -15,3 +15,16 @@ def api(request: pytest.FixtureRequest) -> Api:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="run only the drawn schedule of this seed")
+    parser.addoption("--deep", action="store_true", help="run the longest searches too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--deep"):
+        skip = pytest.mark.skip(reason="a long search: --deep runs it")
+        for item in items:
+            if "deep" in item.keywords:
+                item.add_marker(skip)

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import uuid
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from . import _protocol
 from ._protocol import JOB_LOCK_TTL_MS
@@ -19,6 +19,7 @@ from .results import Acquired, Held, Lost, ReleaseResult, Renewed
 from .store import (
     CONDITIONAL,
     AsyncBlobStore,
+    Blob,
     BlobStore,
     WrongStoreError,
     is_conditional,
@@ -27,6 +28,7 @@ from .store import (
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_Async: TypeAlias = Callable[P, Coroutine[Any, Any, T]]
 
 __all__ = [
     "ThreadedBlobStore",
@@ -139,10 +141,10 @@ class ThreadedBlobStore:
             raise WrongStoreError(f"{type(store).__name__} is async already: use it as it is")
         self._store = store
         if is_conditional(store):
-            self.get_with_etag = _in_thread(store.get_with_etag)
-            self.set_if_new = _in_thread(store.set_if_new)
-            self.set_if_match = _in_thread(store.set_if_match)
-            self.delete_if_match = _in_thread(store.delete_if_match)
+            self.get_with_etag: _Async[[str], Blob | None] = _in_thread(store.get_with_etag)
+            self.set_if_new: _Async[[str, str], str | None] = _in_thread(store.set_if_new)
+            self.set_if_match: _Async[[str, str, str], str | None] = _in_thread(store.set_if_match)
+            self.delete_if_match: _Async[[str, str], bool] = _in_thread(store.delete_if_match)
 
     def __repr__(self) -> str:
         return f"ThreadedBlobStore({self._store!r})"
@@ -160,7 +162,7 @@ class ThreadedBlobStore:
         await asyncio.to_thread(self._store.delete, key)
 
 
-def _in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+def _in_thread(method: Callable[P, T]) -> _Async[P, T]:
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.to_thread(method, *args, **kwargs)
 

@@ -69,6 +69,13 @@ def test_round_trip() -> None:
     assert JobLockRecord.from_json(bytearray(FULL.encode())) == record
 
 
+def test_what_is_not_given_is_none() -> None:
+    """And is written as null."""
+    record = JobLockRecord("j", "u", "v")
+    assert list(record.to_dict().values()) == ["j", "u", "v", *[None] * 6]
+    assert record.extra == {}
+
+
 def test_extra_fields_of_newer_writers_are_kept_in_order() -> None:
     """They follow the known fields, whatever they are, and nested ones keep their shape."""
     extra = '"fence":7,"host":{"name":"hé","tags":["x",1.5,null,true]},"big":12345678901234567890'
@@ -165,6 +172,7 @@ def test_other_types_are_no_record() -> None:
 @pytest.mark.parametrize(("open_", "close"), ["[]", ('{"x":', "}")])
 def test_nesting_is_bounded_by_a_rule_and_not_by_the_stack(open_: str, close: str) -> None:
     """The same document is a record, or not, on every Python and at every depth of the caller."""
+    assert MAX_NESTING == 64
     inner = MAX_NESTING - 1  # the record itself is one level
     shallow = f'{{"jobId":"j","x":{open_ * inner}1{close * inner}}}'
     deep = f'{{"jobId":"j","x":{open_ * (inner + 1)}1{close * (inner + 1)}}}'

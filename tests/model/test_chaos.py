@@ -1,0 +1,154 @@
+"""Workers on one SQLite file, killed at random: no two jobs overlap within their leases."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import time
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import pytest
+
+from joblock import Acquired, acquire_job_lock, release_job_lock, renew_job_lock
+from joblock.record import epoch_ms
+from joblock.stores.sqlite import SqliteBlobStore
+
+WORKERS = 6
+VAULTS = 3
+TTL_MS = 60
+SECONDS = 3
+
+
+class Overlap(Exception):  # noqa: N818
+    """A job found the witness of another whose lease had not run out."""
+
+
+class Witness:
+    """A file that is there for as long as a job has the lock: `job id, deadline`.
+
+    It is created exclusively. Only the successor of a crashed job may replace it, once the
+    deadline in it has passed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.mine = path.with_name(f"{path.name}-{os.getpid()}")
+
+    def enter(self, lock: Acquired) -> None:
+        self._write(lock.job_id, lock.record.expires_at)
+        if lock.took_over is not None:
+            with contextlib.suppress(FileNotFoundError):
+                job, deadline = self.path.read_text().split()
+                if float(deadline) > (lock.record.started_at or 0):
+                    raise Overlap(f"{lock.job_id} took over from {job} before {deadline}")
+                self.path.unlink()
+        try:
+            os.link(self.mine, self.path)  # exclusive, and with its content at once
+        except FileExistsError:
+            raise Overlap(f"{lock.job_id} found {self.path.read_text()}") from None
+
+    def renew(self, job_id: str, deadline: float | None) -> None:
+        self._write(job_id, deadline)
+        self.mine.replace(self.path)
+
+    def leave(self) -> None:
+        self.path.unlink()
+
+    def _write(self, job_id: str, deadline: float | None) -> None:
+        self.mine.unlink(missing_ok=True)  # it may be a second name of a witness
+        self.mine.write_text(f"{job_id} {deadline}")
+
+
+def work(folder: Path, seed: int) -> None:
+    """Acquire, renew and release until killed; report an overlap in a file of its own."""
+    rng = random.Random(seed)
+    try:
+        with SqliteBlobStore(folder / "jobs.db") as store:
+            while True:
+                one_job(store, folder, rng, f"vault-{rng.randrange(VAULTS)}")
+    except BaseException as error:
+        (folder / f"failed-{seed}").write_text(repr(error))
+        raise
+
+
+def one_job(store: SqliteBlobStore, folder: Path, rng: random.Random, vault: str) -> None:
+    lock = acquire_job_lock(store, "u", vault, ttl_ms=TTL_MS)
+    if not lock:
+        time.sleep(0.001)
+        return
+    witness = Witness(folder / f"{vault}.witness")
+    witness.enter(lock)
+    with (folder / "done").open("ab", buffering=0) as done:
+        done.write(b"t" if lock.took_over else b"a")
+    time.sleep(rng.random() * 0.01)
+    # To renew is to learn that the lease is still one's own, and for a while longer.
+    renewed = renew_job_lock(store, "u", vault, expected_job_id=lock.job_id, ttl_ms=TTL_MS)
+    if not renewed or epoch_ms() > (renewed.record.expires_at or 0) - TTL_MS / 2:
+        return  # lost, or too late to be sure: the lease is left to expire
+    witness.renew(lock.job_id, renewed.record.expires_at)
+    time.sleep(rng.random() * 0.01)
+    if epoch_ms() > (renewed.record.expires_at or 0) - TTL_MS / 2:
+        return
+    witness.leave()
+    release_job_lock(store, "u", vault, expected_job_id=lock.job_id, etag=renewed.etag)
+
+
+def test_killed_workers_never_overlap(tmp_path: Path) -> None:
+    """And afterwards the file is sound, and every key can be acquired."""
+    context = multiprocessing.get_context("fork")
+    rng = random.Random(os.getpid())
+    seeds = iter(range(1_000_000))
+
+    def start() -> ForkProcess:
+        worker = context.Process(target=work, args=(tmp_path, next(seeds)))
+        worker.start()
+        return worker
+
+    workers = [start() for _ in range(WORKERS)]
+    kills = 0
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(rng.random() * 0.05)
+        victim = rng.randrange(WORKERS)
+        workers[victim].kill()
+        workers[victim].join()
+        assert workers[victim].exitcode == -signal.SIGKILL
+        kills += 1
+        workers[victim] = start()
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+    assert [file.read_text() for file in tmp_path.glob("failed-*")] == []
+    done = (tmp_path / "done").read_bytes()
+    print(f"{kills} kills, {len(done)} jobs, {done.count(b't')} takeovers")
+    assert done.count(b"t") > 0, "no lock was ever taken over"
+    assert done.count(b"a") > 0
+    connection = sqlite3.connect(tmp_path / "jobs.db")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+    later = epoch_ms() + TTL_MS
+    with SqliteBlobStore(tmp_path / "jobs.db") as store:
+        for vault in range(VAULTS):
+            assert acquire_job_lock(store, "u", f"vault-{vault}", clock=lambda: later)
+
+
+def test_the_witness_would_notice_an_overlap(tmp_path: Path) -> None:
+    """Two jobs that both believe to own the lock: free, and taken over too early."""
+    with SqliteBlobStore(tmp_path / "jobs.db") as store:
+        first = acquire_job_lock(store, "u", "v")
+        assert first
+        store.delete("index-jobs/u/v.json")
+        second = acquire_job_lock(store, "u", "v")
+        assert second
+        witness = Witness(tmp_path / "witness")
+        witness.enter(first)
+        with pytest.raises(Overlap, match="found"):
+            witness.enter(second)
+        with pytest.raises(Overlap, match="took over"):
+            witness.enter(Acquired(second.job_id, second.record, second.etag, first.record))

@@ -1,0 +1,111 @@
+"""Every interleaving of a few clients, with time, faults and crashes: no promise is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.model.broken import BROKEN, SOUND
+from tests.model.search import exhaustive
+from tests.model.world import INITIAL, Algorithm, Limits, World
+
+# What each search visited when it was last looked at: clients, limits, and the number of states
+# from each start. One that visits much less has gone shallow, and proves less than it says.
+TWO_WITH_FAULTS = (2, Limits(operations=2, ticks=1, faults=1, crashes=0))
+TWO_WITH_CRASHES = (2, Limits(operations=2, ticks=1, faults=0, crashes=1))
+TWO_FOR_LONGER = (2, Limits(operations=3, ticks=1, faults=0, crashes=0))
+TWO_EXPIRIES = (2, Limits(operations=2, ticks=2, faults=0, crashes=0))
+THREE = (3, Limits(operations=2, ticks=0, faults=0, crashes=0, renewals=False))
+THREE_EXPIRING = (
+    3,
+    Limits(operations=2, ticks=1, faults=0, crashes=0, renewals=False, without_etag=False),
+)
+SEARCHES = [
+    (TWO_WITH_FAULTS, {"no record": 8593, "live": 7005, "expired": 23333}),
+    (TWO_WITH_CRASHES, {"no record": 3600, "live": 3223, "expired": 9251}),
+    (TWO_FOR_LONGER, {"no record": 12364, "live": 8088, "expired": 24657}),
+    (TWO_EXPIRIES, {"no record": 15845}),
+    (THREE, {"no record": 644, "live": 355, "expired": 3531, "malformed": 3531, "tombstone": 3531}),
+    (THREE_EXPIRING, {"no record": 12120}),
+]
+# The rest takes a minute. From junk or a tombstone it goes as from an expired record.
+DEEP = [
+    (TWO_WITH_FAULTS, {"malformed": 23333, "tombstone": 23333}),
+    (TWO_WITH_CRASHES, {"malformed": 9251, "tombstone": 9251}),
+    (TWO_FOR_LONGER, {"malformed": 24657, "tombstone": 24657}),
+    (TWO_EXPIRIES, {"live": 22840, "expired": 42837, "malformed": 42837, "tombstone": 42837}),
+    (THREE_EXPIRING, {"live": 36470, "expired": 79016, "malformed": 79016, "tombstone": 79016}),
+]
+CASES = [
+    pytest.param(
+        *search, start, states, id=f"{search[0]} clients, {search[1]}, {start}", marks=marks
+    )
+    for searches, marks in ((SEARCHES, ()), (DEEP, (pytest.mark.deep,)))
+    for search, starts in searches
+    for start, states in starts.items()
+]
+
+
+@pytest.mark.parametrize(("clients", "limits", "start", "states"), CASES)
+def test_no_schedule_breaks_a_promise(
+    clients: int, limits: Limits, start: str, states: int
+) -> None:
+    """Acquire, renew and release in every order, from every kind of record."""
+    world = World(Algorithm(), limits)
+    searched = exhaustive(world, world.start(INITIAL[start], clients))
+    print(f"{searched.schedules} schedules, {searched.states} states, {searched.steps} steps")
+    assert searched.found is None, str(searched.found)
+    assert searched.states >= 0.9 * states, "the search has gone shallow"
+    assert searched.schedules > searched.states / 10
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_broken_lock_is_caught(name: str) -> None:
+    """A checker that cannot fail proves nothing."""
+    limits = Limits(operations=3, ticks=2, faults=0, crashes=0)
+    for start in INITIAL.values():
+        world = World(BROKEN[name], limits)
+        found = exhaustive(world, world.start(start, 2)).found
+        if found is not None:
+            print(f"{name}:\n{found}")
+            return
+    pytest.fail(f"not caught: {name}")
+
+
+def test_the_broken_locks_are_sound_but_for_what_was_broken() -> None:
+    """So it is the one fault that was caught, and not the way they are written."""
+    world = World(SOUND, Limits(operations=2, ticks=1, faults=0, crashes=0))
+    assert exhaustive(world, world.start(INITIAL["expired"], 2)).found is None
+
+
+def test_the_originals_double_click() -> None:
+    """The shortest way to two owners, as the README shows it."""
+    limits = Limits(operations=1, ticks=0, faults=0, crashes=0)
+    world = World(BROKEN["read-then-write acquire"], limits)
+    found = exhaustive(world, world.start(None, 2)).found
+    assert found is not None
+    print(found)
+    assert found.brief() == [
+        "A's get: no record",
+        "B's get: no record",
+        "A's set: done",
+        "B's set: done",
+        "acquire replaced job a1's live lock",
+    ]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(found.brief()) in readme
+
+
+def test_endless_contention_is_bounded() -> None:
+    """A call that is refused for ever ends, and the checker would notice one that does not."""
+
+    async def acquire(store: object, *_: object, **__: object) -> object:
+        while True:
+            await store.get("k")  # type: ignore[attr-defined] # pyright: ignore
+
+    limits = Limits(operations=1, ticks=0, faults=0, crashes=0)
+    world = World(Algorithm(acquire=acquire), limits)  # type: ignore[arg-type] # pyright: ignore
+    found = exhaustive(world, world.start(None, 1)).found
+    assert found is not None
+    assert found.broken == "A's acquire does not end"
