@@ -270,11 +270,12 @@ def test_is_live_until_but_not_at_its_deadline() -> None:
 
 
 def test_is_a_value() -> None:
-    """Frozen, hashable, and it survives pickling."""
+    """Frozen, slotted, hashable, and it survives pickling."""
     extra: dict[str, JsonValue] = {"x": [1]}
     record = JobLockRecord("j", "u", "v", extra=extra)
     assert record == pickle.loads(pickle.dumps(record))  # noqa: S301
     assert len({record, JobLockRecord("j", "u", "v", extra=extra)}) == 1
+    assert not hasattr(record, "__dict__")
     with pytest.raises(AttributeError):
         record.job_id = "other"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
 
