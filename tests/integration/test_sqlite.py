@@ -377,6 +377,7 @@ class TestFork:
             etag = store.set_if_new("k", "x")
             timer.join()
             assert store.get_with_etag("k").etag == etag
+            other.close()
             """,
             tmp_path / "jobs.db",
         )
