@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from .errors import InvalidIdError, StoreContentionError
-from .record import JobLockRecord, as_number, as_text, job_lock_key
+from .record import SURROGATES, JobLockRecord, as_number, as_text, job_lock_key
 from .results import Acquired, Held, Lost, ReleaseResult, Renewed
 from .store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
 
@@ -229,16 +229,9 @@ def _job_id(uuid_factory: Callable[[], uuid.UUID | str]) -> str:
     made = uuid_factory()
     job_id = str(made) if isinstance(made, uuid.UUID) else made
     _check_job_id("uuid_factory's job id", job_id)
-    if not _is_utf8(job_id):
+    if SURROGATES.search(job_id):
         raise InvalidIdError("uuid_factory's job id", f"must not have surrogates, as {made!r}")
     return job_id
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_job_id(argument: str, value: object) -> None:

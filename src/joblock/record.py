@@ -81,7 +81,7 @@ class JobLockRecord:
     def to_json(self) -> str:
         """Return the text to store, the bytes of JavaScript's `JSON.stringify`."""
         text = _stringify(self.to_dict())
-        return text if text.isascii() else _SURROGATES.sub(_well_formed, text)
+        return text if text.isascii() else SURROGATES.sub(_well_formed, text)
 
     @classmethod
     def from_json(cls, text: str | bytes | bytearray | None) -> JobLockRecord | None:
@@ -171,7 +171,7 @@ def _too_deep(text: str) -> bool:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
-_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
+SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
 
 
 def _well_formed(surrogates: re.Match[str]) -> str:

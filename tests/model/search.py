@@ -6,7 +6,7 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from tests.model.world import Action, InvariantError, State, World, canonical
+from tests.model.world import TIME_PASSES, InvariantError, State, World, canonical
 
 
 @dataclass(frozen=True)
@@ -115,5 +115,5 @@ _WEIGHTS = {
     "crash": 1,
     "fails": 2,
     "takes effect, reply lost": 2,
-    Action("time passes: every lease expires").what: 3,
+    TIME_PASSES: 3,
 }

@@ -34,6 +34,7 @@ from joblock import (
 )
 from joblock._protocol import ROUNDS
 
+TIME_PASSES = "time passes: every lease expires"
 TTL = 100
 START = 1_000
 UID, VAULT = "u", "v"
@@ -218,7 +219,7 @@ class World:
             if state.crashes < limits.crashes and (client.op is not None or client.lease):
                 yield Action("crash", number)
         if state.ticks < limits.ticks:
-            yield Action("time passes: every lease expires")
+            yield Action(TIME_PASSES)
 
     def _next_operations(self, client: Client) -> Iterator[str]:
         if not client.lease:
