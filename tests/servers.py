@@ -1,0 +1,124 @@
+"""Real servers for the tests: each starts on a free loopback port and is gone after its `with`.
+
+Each yields its base URL (Netlify's a `NetlifyServer`) and skips the test if what it needs is not
+installed. `lossy` goes between a client and any of them, and breaks what the test tells it to.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 60
+
+
+@contextmanager
+def s3_server() -> Generator[str]:
+    """S3, by moto. Any credentials and region will do; make a bucket first."""
+    _need_module("moto.server", "moto[server,s3]")
+    with _process(sys.executable, "-Wignore", str(HERE / "s3_server.py")) as url:
+        yield url
+
+
+@contextmanager
+def azure_server() -> Generator[str]:
+    """Azurite's blob service; `azure_connection(url)` is what its clients need."""
+    script = _node_modules("azurite") / "azurite/dist/src/blob/main.js"
+    options = ["--silent", "--blobHost=127.0.0.1", "--blobPort=0", "--inMemoryPersistence"]
+    options += ["--skipApiVersionCheck", "--disableTelemetry"]
+    with _process("node", str(script), *options) as url:
+        yield url
+
+
+def azure_connection(url: str) -> str:
+    """The connection string for Azurite's well-known account, at `url`."""
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    account = f"AccountName=devstoreaccount1;AccountKey={key}"
+    return f"DefaultEndpointsProtocol=http;{account};BlobEndpoint={url}/devstoreaccount1;"
+
+
+@dataclass
+class NetlifyServer:
+    """`folder` is where it keeps the blobs, as files `entries/{site}/site:{store}/{key}`."""
+
+    url: str
+    token: str
+    folder: Path
+
+
+@contextmanager
+def netlify_server() -> Generator[NetlifyServer]:
+    """Netlify's own local server of blobs; any site id will do."""
+    packages = _node_modules("@netlify/blobs")
+    script, token = str(HERE / "netlify_server.mjs"), "a token"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _process("node", script, str(packages), folder, token) as url,
+    ):
+        yield NetlifyServer(url, token, Path(folder))
+
+
+@contextmanager
+def _process(*command: str) -> Generator[str]:
+    """Run a server that prints its URL, and end it with all its children."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield _printed_url(process, output.fileno())
+        finally:
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def _printed_url(process: subprocess.Popen[bytes], output: int) -> str:
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        running = process.poll() is None
+        printed = os.pread(output, 100_000, 0).decode()
+        url = re.search(r"http://[\w.]+:[1-9]\d*(?=\n)", printed)
+        if url is not None:
+            return url[0]
+        if not running or time.monotonic() > deadline:
+            raise RuntimeError(f"{process.args!r} did not start:\n{printed}")
+        time.sleep(0.02)
+
+
+def _need_module(name: str, package: str) -> None:
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        pytest.skip(f"{package} is not installed")
+
+
+def _node_modules(package: str) -> Path:
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    folder = os.environ.get("JOBLOCK_NODE_MODULES")
+    if not folder:
+        pytest.skip("JOBLOCK_NODE_MODULES does not name a folder of npm packages")
+    if not (Path(folder) / package).is_dir():
+        pytest.skip(f"npm package {package} is not in JOBLOCK_NODE_MODULES")
+    return Path(folder).absolute()
