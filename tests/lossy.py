@@ -17,6 +17,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 60
+_LENGTH = re.compile(rb"(?i)(content-length|transfer-encoding):").match
 
 
 @dataclass
@@ -188,12 +189,15 @@ class Proxy:
         return None
 
     def _with_own_url(self, reply: bytes) -> bytes:
-        theirs = self._upstream.encode()
-        if theirs not in reply:
+        head, _, body = reply.partition(b"\r\n\r\n")
+        if _headers(head).get("transfer-encoding", "").lower() == "chunked":
+            body = _without_chunks(body)
+        theirs, ours = self._upstream.encode(), self.url.encode()
+        if theirs not in head + body:
             return reply
-        head, _, body = reply.replace(theirs, self.url.encode()).partition(b"\r\n\r\n")
-        length = f"Content-Length: {len(body)}".encode()
-        return re.sub(rb"(?i)content-length: *\d+", length, head) + b"\r\n\r\n" + body
+        lines = [line.replace(theirs, ours) for line in head.split(b"\r\n") if not _LENGTH(line)]
+        body = body.replace(theirs, ours)
+        return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
 
 
 @contextmanager
@@ -278,14 +282,23 @@ def _read_body(stream: BinaryIO, head: bytes) -> bytes | None:
 
 
 def _headers(head: bytes) -> dict[str, str]:
-    lines = head.decode("latin-1").split("\r\n")[1:-2]
-    return {
-        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
-    }
+    lines = head.decode("latin-1").rstrip().split("\r\n")[1:]
+    fields = (line.partition(":") for line in lines)
+    return {name.lower(): value.strip() for name, _, value in fields}
+
+
+def _without_chunks(body: bytes) -> bytes:
+    data = b""
+    while True:
+        line, _, rest = body.partition(b"\r\n")
+        size = int(line.split(b";")[0], 16)
+        if size == 0:
+            return data
+        data, body = data + rest[:size], rest[size + 2 :]
 
 
 def _closes(reply: bytes) -> bool:
     """Whether the server has said that this is the last reply on its connection."""
-    headers = _headers(reply.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
+    headers = _headers(reply.partition(b"\r\n\r\n")[0])
     connection = headers.get("connection", "").lower()
     return connection == "close" or (reply.startswith(b"HTTP/1.0") and connection != "keep-alive")
