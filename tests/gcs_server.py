@@ -11,7 +11,6 @@ import base64
 import hashlib
 import itertools
 import json
-import re
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -22,9 +21,6 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 JSON = "application/json; charset=UTF-8"
-PATH = re.compile(
-    r"/(?P<area>(upload/|download/)?storage)/v1/b(/(?P<bucket>[^/]+)(/o(/(?P<key>[^/]+))?)?)?"
-)
 UPLOAD_FIELDS = {"name", "contentType", "cacheControl", "crc32c", "md5Hash"}
 
 
@@ -51,12 +47,8 @@ class Object:
 
 @dataclass
 class Call:
-    """A request, taken apart; whoever answers it takes the parameters out of `parameters`."""
-
     method: str
-    area: str
-    bucket: str | None
-    key: str | None
+    path: list[str]
     parameters: dict[str, str]
     content_type: str
     body: bytes
@@ -76,19 +68,24 @@ class Storage:
                 return error.reply
 
     def _answer(self, call: Call) -> Reply:
-        match call.method, call.area, call.bucket, call.key:
-            case "POST", "storage", None, None:
+        match call.method, call.path:
+            case "POST", ["storage", "v1", "b"]:
                 return self._make_bucket(call)
-            case "POST", "upload/storage", str(bucket), None:
+            case "GET", ["storage", "v1", "b", bucket]:
+                _check_parameters(call, "fields", "projection")
+                self._bucket(bucket)
+                return _json({"kind": "storage#bucket", "id": bucket, "name": bucket})
+            case "POST", ["upload", "storage", "v1", "b", bucket, "o"]:
                 return self._upload(bucket, call)
-            case "GET", "download/storage", str(bucket), str(key):
+            case "GET", ["download", "storage", "v1", "b", bucket, "o", key]:
                 return self._download(bucket, key, call)
-            case "GET", "storage", str(bucket), str(key):
+            case "GET", ["storage", "v1", "b", bucket, "o", key]:
                 return self._metadata(bucket, key, call)
-            case "DELETE", "storage", str(bucket), str(key):
+            case "DELETE", ["storage", "v1", "b", bucket, "o", key]:
                 return self._delete(bucket, key, call)
             case _:
-                raise ApiError(501, "notImplemented", f"{call.method} is not implemented here")
+                what = f"{call.method} /{'/'.join(call.path)}"
+                raise ApiError(501, "notImplemented", f"{what} is not implemented here")
 
     def _make_bucket(self, call: Call) -> Reply:
         _check_parameters(call, "project")
@@ -173,6 +170,9 @@ def _check_parameters(call: Call, *optional: str, **required: str) -> None:
     unknown = call.parameters.keys() - required.keys() - {*optional, "prettyPrint"}
     if unknown:
         raise ApiError(501, "notImplemented", f"{unknown} is not implemented here")
+    for name in ("generation", "ifGenerationMatch"):
+        if not call.parameters.get(name, "0").isdecimal():
+            raise ApiError(400, "invalid", f"Invalid value for {name}.")
 
 
 def _parts(call: Call) -> tuple[dict[str, Any], str, bytes]:
@@ -228,32 +228,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _do(self) -> None:
         url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        try:
-            reply = self.storage.answer(self._call(url.path, url.query, body))
-        except ApiError as error:
-            reply = error.reply
+        call = Call(
+            self.command,
+            [unquote(part) for part in url.path.removeprefix("/").split("/")],
+            dict(parse_qsl(url.query, keep_blank_values=True)),
+            self.headers.get("Content-Type", ""),
+            self.rfile.read(int(self.headers.get("Content-Length", "0"))),
+        )
+        reply = self.storage.answer(call)
         self.send_response(reply.status)
         for name, value in (reply.headers | {"Content-Length": str(len(reply.body))}).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(reply.body)
-
-    def _call(self, path: str, query: str, body: bytes) -> Call:
-        found = PATH.fullmatch(path)
-        if found is None:
-            raise ApiError(501, "notImplemented", f"{path} is not implemented here")
-        area, bucket, key = found["area"], found["bucket"], found["key"]
-        parameters = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
-        return Call(
-            self.command,
-            area,
-            unquote(bucket) if bucket else None,
-            unquote(key) if key else None,
-            parameters,
-            self.headers.get("Content-Type", ""),
-            body,
-        )
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
@@ -263,7 +250,8 @@ class Handler(BaseHTTPRequestHandler):
 def gcs_server() -> Generator[str]:
     """Google Cloud Storage. Give its URL as `client_options={"api_endpoint": url}`; make a bucket.
 
-    A client needs `google.auth.credentials.AnonymousCredentials()` and any project.
+    A client needs `google.auth.credentials.AnonymousCredentials()` and any project. It asks for its
+    bucket in the background, unless DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA is "true".
     """
 
     class OwnHandler(Handler):
