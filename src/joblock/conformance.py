@@ -1,0 +1,504 @@
+"""Does this store really honour its conditions? For your own tests, or at deploy time.
+
+A store may have the four conditional methods and still ignore what they are asked: an emulator,
+a proxy, or a service that only looks like S3. The lock is only as good as the store.
+
+    findings = check_store(store)
+    assert all(findings), [finding.message for finding in findings if not finding]
+
+A good answer is evidence, not proof: a race may go well by chance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .record import job_lock_key
+from .store import Blob, BlobStore, ConditionalBlobStore, WrongStoreError, is_conditional, require
+
+__all__ = ["Finding", "check_store"]
+
+CONTENDERS = 8  # fewer than the ten connections that boto3's client and others keep
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found, as true as `ok`.
+
+    `check` is its name, which stays the same between versions. `message` is one line: what was
+    found and, where that is not ok, what it means for the lock or what to do.
+    """
+
+    ok: bool
+    check: str
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def check_store(store: BlobStore) -> list[Finding]:
+    """Try what the lock needs on a live, blocking store, under throwaway keys.
+
+    Returns one finding for each check, always in the same order: "conditional-writes", what every
+    store must do, what a conditional store must do, and "clean-up". A plain store gets those that
+    apply. What the store raises is a finding too; a 429 among them means that the service limits
+    how often a key may be written, and that this check tells nothing.
+
+    It makes at most 200 requests, a third of them in bursts of 8 from as many threads; on a plain
+    store at most 20. The keys are `index-jobs/joblock-conformance-.../...`, so it needs the
+    permissions that the lock needs and no others; locks are not touched. Every key is deleted at
+    the end, whatever happened; one that may be left is named in "clean-up".
+
+    Raises:
+        TypeError: this is no store, or has only some of the conditional methods, or is async:
+            then check the blocking store that it wraps.
+    """
+    require(store, ("get", "set", "delete"))
+    if is_conditional(store):
+        probe = _ConditionalProbe(store)
+        return [_CONDITIONAL, *_findings(probe, {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS})]
+    return [_NOT_CONDITIONAL, *_findings(_Probe(store), _PLAIN_CHECKS)]
+
+
+_CONDITIONAL = Finding(True, "conditional-writes", "the store has the four conditional methods")
+_NOT_CONDITIONAL = Finding(
+    False,
+    "conditional-writes",
+    "the store has only get, set and delete: it cannot exclude two simultaneous winners; "
+    "use a store with conditional writes",
+)
+
+
+class _BrokenRuleError(Exception):
+    """The store did something else than it must."""
+
+
+T = TypeVar("T")
+
+
+class _Probe:
+    """The store, with every answer's type checked, and the throwaway keys."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+        self._keys: list[str] = []
+        self._uid = f"joblock-conformance-{uuid.uuid4().hex}"
+        self._numbers = itertools.count(1)
+
+    def new_key(self) -> str:
+        """Return a key of this check's own: some services limit the writes per second and key."""
+        self._keys.append(job_lock_key(self._uid, f"check-{len(self._keys) + 1}"))
+        return self._keys[-1]
+
+    def new_text(self) -> str:
+        """Return another text each time, of the same length: no etag may be just that."""
+        return f'{{"jobId":"joblock-conformance-{next(self._numbers):06}"}}'
+
+    def get(self, key: str) -> str | None:
+        return _text("get", _blocking(self._store.get(key)))
+
+    def set(self, key: str, value: str) -> None:
+        _blocking(self._store.set(key, value))
+
+    def delete(self, key: str) -> None:
+        _blocking(self._store.delete(key))
+
+    def create(self, key: str, value: str) -> None:
+        """Write as the lock writes a new record."""
+        self.set(key, value)
+
+    def expect(self, key: str, value: str | None, after: str) -> None:
+        """Raise unless every way of reading gives `value`."""
+        _same("get", self.get(key), value, after)
+
+    def clean_up(self) -> Finding:
+        left: dict[str, str] = {}
+        for key in self._keys:
+            try:
+                self.delete(key)
+                if self.get(key) is not None:
+                    left[key] = "get still gives a value after delete"
+            except Exception as error:
+                left[key] = _said(error)
+        if left:
+            why = "; ".join(dict.fromkeys(left.values()))
+            return Finding(False, "clean-up", f"{why}; to be deleted by hand: {', '.join(left)}")
+        return Finding(True, "clean-up", f"all {len(self._keys)} throwaway keys are deleted")
+
+
+class _ConditionalProbe(_Probe):
+    def __init__(self, store: ConditionalBlobStore) -> None:
+        super().__init__(store)
+        self._conditional = store
+
+    def get_with_etag(self, key: str) -> tuple[str, str] | None:
+        return _text_and_etag(_blocking(self._conditional.get_with_etag(key)))
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        return _etag("set_if_new", _blocking(self._conditional.set_if_new(key, value)))
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return _etag("set_if_match", _blocking(self._conditional.set_if_match(key, value, etag)))
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        return _bool("delete_if_match", _blocking(self._conditional.delete_if_match(key, etag)))
+
+    def create(self, key: str, value: str) -> None:
+        self.created(key, value)
+
+    def created(self, key: str, value: str) -> str:
+        """Write to a free key and return the etag."""
+        etag = self.set_if_new(key, value)
+        if etag is None:
+            raise _BrokenRuleError("set_if_new refused a free key: no lock can be taken")
+        return etag
+
+    def current_etag(self, key: str) -> str:
+        """Read the etag of a key that is there."""
+        read = self.get_with_etag(key)
+        if read is None:
+            raise _BrokenRuleError("get_with_etag gave None for a key that is there")
+        return read[1]
+
+    def expect(self, key: str, value: str | None, after: str) -> None:
+        super().expect(key, value, after)
+        read = self.get_with_etag(key)
+        _same("get_with_etag", None if read is None else read[0], value, after)
+
+    def expect_no_lock(self, key: str, after: str) -> None:
+        """Raise unless the key is gone, or has the tombstone that some stores leave."""
+        self.expect(key, "null" if self.get(key) == "null" else None, after)
+
+
+P = TypeVar("P", bound=_Probe)
+
+
+def _findings(probe: P, checks: Mapping[str, Callable[[P], str]]) -> list[Finding]:
+    try:
+        findings = [_finding(name, check, probe) for name, check in checks.items()]
+    finally:
+        cleaned_up = probe.clean_up()
+    return [*findings, cleaned_up]
+
+
+def _finding(name: str, check: Callable[[P], str], probe: P) -> Finding:
+    try:
+        return Finding(True, name, check(probe))
+    except WrongStoreError:
+        raise
+    except Exception as error:
+        return Finding(False, name, _said(error))
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, _BrokenRuleError):
+        return str(error)
+    lines = traceback.format_exception_only(error)  # str(error) may raise
+    return f"raised {' '.join(''.join(lines).split())}"
+
+
+def _blocking(answer: T) -> T:
+    if hasattr(answer, "__await__"):
+        if isinstance(answer, Coroutine):
+            answer.close()
+        raise WrongStoreError(
+            "the store is async: check the blocking store that it wraps, or give check_store an "
+            "object whose methods run it to the end (asyncio.run_coroutine_threadsafe)"
+        )
+    return answer
+
+
+def _text(method: str, value: object) -> str | None:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if value is not None and not isinstance(value, str):
+        raise _wrong_type(method, value, "text, bytes or None")
+    return value
+
+
+def _etag(method: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise _wrong_type(method, value, "an etag, which is a str, or None")
+    if value == "":
+        raise _BrokenRuleError(f"{method} gave an empty etag; None is for a refusal")
+    return value
+
+
+def _text_and_etag(value: object) -> tuple[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Blob):
+        raise _wrong_type("get_with_etag", value, "a Blob or None")
+    text, etag = _text("get_with_etag", value.value), _etag("get_with_etag", value.etag)
+    if text is None or etag is None:
+        raise _BrokenRuleError("get_with_etag gave a Blob without a value or without an etag")
+    return text, etag
+
+
+def _bool(method: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong_type(method, value, "a bool")
+    return value
+
+
+def _wrong_type(method: str, value: object, right: str) -> _BrokenRuleError:
+    return _BrokenRuleError(f"{method} gave a value of type {type(value).__name__}, not {right}")
+
+
+def _same(method: str, read: str | None, expected: str | None, after: str) -> None:
+    if read != expected:
+        raise _BrokenRuleError(
+            f"after {after}, {method} gave {read!r} instead of {expected!r}: "
+            "the lock cannot trust this store's answers"
+        )
+
+
+# What every store must do.
+
+
+def _read_your_writes(probe: _Probe) -> str:
+    key = probe.new_key()
+    probe.expect(key, None, "nothing")  # some caches remember that there was no such key
+    for _ in range(2):
+        text = probe.new_text()
+        probe.set(key, text)
+        probe.expect(key, text, "set")
+    return "a read gives what was last written"
+
+
+def _text_unchanged(probe: _Probe) -> str:
+    key = probe.new_key()
+    text = '{"reason":"\\"é\\\\日本\u2028🔒\\""}'
+    probe.create(key, text)
+    probe.expect(key, text, "writing it")
+    return "text outside ASCII comes back as it was written"
+
+
+def _delete(probe: _Probe) -> str:
+    key = probe.new_key()
+    probe.create(key, probe.new_text())
+    probe.delete(key)
+    probe.expect(key, None, "delete")
+    probe.delete(key)
+    return "delete removes a key, and one that is not there is no error"
+
+
+_PLAIN_CHECKS: Mapping[str, Callable[[_Probe], str]] = {
+    "read-your-writes": _read_your_writes,
+    "text-unchanged": _text_unchanged,
+    "delete": _delete,
+}
+
+
+# What a conditional store must do.
+
+
+def _create_only(probe: _ConditionalProbe) -> str:
+    key, text = probe.new_key(), probe.new_text()
+    probe.created(key, text)
+    if probe.set_if_new(key, probe.new_text()) is not None:
+        raise _BrokenRuleError(
+            "set_if_new wrote over an existing key: a second job takes a live lock"
+        )
+    probe.expect(key, text, "a set_if_new that was refused")
+    return "set_if_new refuses an existing key"
+
+
+def _if_match(probe: _ConditionalProbe) -> str:
+    key = probe.new_key()
+    etag = probe.created(key, probe.new_text())
+    for source in ("a write", "a read"):
+        text = probe.new_text()
+        if probe.set_if_match(key, text, etag) is None:
+            raise _BrokenRuleError(
+                f"set_if_match refused the current etag, which {source} gave: no lock can be "
+                "renewed or taken over with it"
+            )
+        probe.expect(key, text, "set_if_match")
+        etag = probe.current_etag(key)
+    return "set_if_match writes under the current etag"
+
+
+def _etag_changes(probe: _ConditionalProbe) -> str:
+    key = probe.new_key()
+    written = probe.created(key, probe.new_text())
+    read = probe.current_etag(key)
+    probe.set(key, probe.new_text())
+    if probe.current_etag(key) in (written, read):
+        raise _BrokenRuleError(
+            f"the etag {read!r} stayed when the content changed: an old etag passes for current, "
+            "so a new job's lock can be overwritten or removed"
+        )
+    return "the etag changes with the content"
+
+
+def _stale_etag(probe: _ConditionalProbe) -> str:
+    key, text = probe.new_key(), probe.new_text()
+    stale = probe.created(key, probe.new_text())
+    probe.set(key, text)
+    if probe.set_if_match(key, probe.new_text(), stale) is not None:
+        raise _BrokenRuleError(
+            "set_if_match took a stale etag: two jobs can take over one expired lock"
+        )
+    probe.expect(key, text, "a set_if_match that was refused")
+    return "set_if_match refuses a stale etag"
+
+
+def _missing_key(probe: _ConditionalProbe) -> str:
+    key = probe.new_key()
+    etag = probe.created(key, probe.new_text())
+    probe.delete(key)
+    if probe.set_if_match(key, probe.new_text(), etag) is not None:
+        raise _BrokenRuleError("set_if_match took a missing key: a renewal revives a released lock")
+    probe.expect(key, None, "a set_if_match that was refused")
+    if probe.delete_if_match(key, etag):
+        raise _BrokenRuleError(
+            "delete_if_match said that it removed a missing key: a release that came too late "
+            f"is told that it succeeded; {_TOMBSTONES}"
+        )
+    return "a condition on a missing key is refused"
+
+
+def _conditional_delete(probe: _ConditionalProbe) -> str:
+    key = probe.new_key()
+    if not probe.delete_if_match(key, probe.created(key, probe.new_text())):
+        raise _BrokenRuleError(
+            "delete_if_match refused the current etag: no lock can be released with it"
+        )
+    probe.expect_no_lock(key, "delete_if_match")
+    text = probe.new_text()
+    etag = probe.set_if_new(key, text)
+    if etag is None:  # a tombstone is there, which the next lock replaces
+        etag = probe.set_if_match(key, text, probe.current_etag(key))
+    if etag is None:
+        raise _BrokenRuleError(
+            "after delete_if_match the key cannot be written again: the lock stays taken"
+        )
+    probe.expect(key, text, "writing to the key that delete_if_match had freed")
+    return "delete_if_match frees a key under the current etag"
+
+
+def _stale_delete(probe: _ConditionalProbe) -> str:
+    key, text = probe.new_key(), probe.new_text()
+    stale = probe.created(key, probe.new_text())
+    probe.set(key, text)
+    if probe.delete_if_match(key, stale):
+        raise _BrokenRuleError(
+            "delete_if_match took a stale etag: a late release removes the next job's lock; "
+            f"{_TOMBSTONES}"
+        )
+    probe.expect(key, text, "a delete_if_match that was refused")
+    return "delete_if_match refuses a stale etag"
+
+
+_TOMBSTONES = (
+    "if the service ignores conditions on a delete, release by writing a tombstone: "
+    "for an S3BlobStore, pass conditional_delete=False"
+)
+
+
+# A contender: what the key has if it is the one that wins, and its call, true if it won.
+_Contender = tuple[str | None, Callable[[], object]]
+
+
+def _creation(probe: _ConditionalProbe, key: str) -> _Contender:
+    text = probe.new_text()
+    return text, lambda: probe.set_if_new(key, text)
+
+
+def _update(probe: _ConditionalProbe, key: str, etag: str) -> _Contender:
+    text = probe.new_text()
+    return text, lambda: probe.set_if_match(key, text, etag)
+
+
+def _removal(probe: _ConditionalProbe, key: str, etag: str) -> _Contender:
+    return None, lambda: probe.delete_if_match(key, etag)
+
+
+def _one_create(probe: _ConditionalProbe) -> str:
+    for _ in range(ROUNDS):
+        key = probe.new_key()
+        _race(probe, key, None, [_creation(probe, key) for _ in range(CONTENDERS)])
+    return f"of {CONTENDERS} simultaneous set_if_new, one succeeds"
+
+
+def _one_update(probe: _ConditionalProbe) -> str:
+    for _ in range(ROUNDS):
+        key, text = probe.new_key(), probe.new_text()
+        etag = probe.created(key, text)
+        _race(probe, key, text, [_update(probe, key, etag) for _ in range(CONTENDERS)])
+    return f"of {CONTENDERS} simultaneous set_if_match, one succeeds"
+
+
+def _update_or_delete(probe: _ConditionalProbe) -> str:
+    kinds = [_update, _removal] * (CONTENDERS // 2)
+    for _ in range(ROUNDS):
+        key, text = probe.new_key(), probe.new_text()
+        etag = probe.created(key, text)
+        _race(probe, key, text, [kind(probe, key, etag) for kind in kinds])
+    return "of simultaneous set_if_match and delete_if_match, only one takes effect"
+
+
+def _race(
+    probe: _ConditionalProbe, key: str, before: str | None, contenders: Sequence[_Contender]
+) -> None:
+    """Raise unless exactly one of the outcomes was confirmed, and it is what the key has."""
+    answers = _at_once([call for _, call in contenders])
+    won = {
+        outcome
+        for (outcome, _), answer in zip(contenders, answers, strict=True)
+        if answer.exception() is None and answer.result()
+    }
+    if len(won) > 1:
+        raise _BrokenRuleError(
+            f"{len(won)} of {len(contenders)} simultaneous calls that exclude each other "
+            "succeeded: two jobs can have the lock; the store does not check the condition "
+            "atomically with the write"
+        )
+    for answer in answers:
+        answer.result()
+    if not won:
+        probe.expect(key, before, "calls that were all refused")
+        raise _BrokenRuleError(
+            f"none of {len(contenders)} simultaneous calls succeeded: safe, no two jobs get the "
+            "lock, but under contention nobody may; callers must retry"
+        )
+    (outcome,) = won
+    if outcome is None:
+        probe.expect_no_lock(key, "a race that delete_if_match won")
+    else:
+        probe.expect(key, outcome, "a race that its writer won")
+
+
+def _at_once(calls: Sequence[Callable[[], object]]) -> list[Future[object]]:
+    barrier = threading.Barrier(len(calls), timeout=60)
+
+    def wait_and_call(call: Callable[[], object]) -> object:
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return [threads.submit(wait_and_call, call) for call in calls]
+
+
+_CONDITIONAL_CHECKS: Mapping[str, Callable[[_ConditionalProbe], str]] = {
+    "create-only": _create_only,
+    "if-match": _if_match,
+    "etag-changes": _etag_changes,
+    "stale-etag": _stale_etag,
+    "missing-key": _missing_key,
+    "conditional-delete": _conditional_delete,
+    "stale-delete": _stale_delete,
+    "one-create": _one_create,
+    "one-update": _one_update,
+    "update-or-delete": _update_or_delete,
+}

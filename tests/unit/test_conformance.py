@@ -1,0 +1,725 @@
+"""check_store: good stores pass, and each rule, broken on purpose, is found out by its name."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from joblock import Blob, MemoryBlobStore
+from joblock.aio import ThreadedBlobStore
+from joblock.conformance import CONTENDERS, Finding, check_store
+from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import AsyncConditionalView, AsyncView, PlainStore, RecordingStore
+
+PLAIN = ["conditional-writes", "read-your-writes", "text-unchanged", "delete", "clean-up"]
+ALL = [
+    *PLAIN[:-1],
+    *("create-only", "if-match", "etag-changes", "stale-etag", "missing-key"),
+    *("conditional-delete", "stale-delete", "one-create", "one-update", "update-or-delete"),
+    "clean-up",
+]
+
+
+def failing(findings: list[Finding]) -> dict[str, str]:
+    """The messages of those that are not ok, by the names of their checks."""
+    assert all("\n" not in finding.message and finding.message for finding in findings)
+    return {finding.check: finding.message for finding in findings if not finding}
+
+
+# Good stores, of each kind that ships or is described.
+
+
+class Tombstones(MemoryBlobStore):
+    """Releases as S3 with conditional_delete=False and Netlify do."""
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        return self.set_if_match(key, "null", etag) is not None
+
+
+class ContentHashes(MemoryBlobStore):
+    """Etags as S3's: the same content has the same etag."""
+
+    def _write(self, key: str, value: str) -> str:
+        etag = hashlib.sha256(value.encode()).hexdigest()
+        self._blobs[key] = (value, etag)
+        return etag
+
+
+class Bytes(MemoryBlobStore):
+    """Reads bytes, as most SDKs do."""
+
+    def get(self, key: str) -> Any:
+        value = super().get(key)
+        return None if value is None else value.encode()
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        blob = super().get_with_etag(key)
+        return None if blob is None else Blob(str(blob.value).encode(), blob.etag)
+
+
+@pytest.mark.parametrize("good", [MemoryBlobStore, Tombstones, ContentHashes, Bytes])
+def test_a_good_store_passes_every_check(good: type[MemoryBlobStore]) -> None:
+    """In a fixed order, and nothing is left behind."""
+    store = good()
+    store.set("index-jobs/u/v.json", "x")
+    findings = check_store(store)
+    assert [finding.check for finding in findings] == ALL
+    assert failing(findings) == {}
+    assert list(store) == ["index-jobs/u/v.json"]
+
+
+def test_the_sqlite_store_passes_every_check(tmp_path: Path) -> None:
+    """Also under its races between threads."""
+    with SqliteBlobStore(tmp_path / "jobs.db") as store:
+        assert failing(check_store(store)) == {}
+        _, row = store._execute("SELECT count(*) FROM joblock")
+        assert row is not None and row[0] == 0
+
+
+def test_a_plain_store_is_told_that_it_cannot_exclude_two_winners() -> None:
+    """And passes the checks that apply."""
+    store = PlainStore()
+    findings = check_store(store)
+    assert [finding.check for finding in findings] == PLAIN
+    assert list(failing(findings)) == ["conditional-writes"]
+    assert "two simultaneous winners" in findings[0].message
+    assert store.blobs == {}
+
+
+# Broken stores.
+
+
+class AlwaysCreates(MemoryBlobStore):
+    def set_if_new(self, key: str, value: str) -> str | None:
+        with self._lock:
+            return self._write(key, value)
+
+
+class NeverCreates(MemoryBlobStore):
+    def set_if_new(self, key: str, value: str) -> str | None:
+        return None
+
+
+class CreatesThoughItRefuses(MemoryBlobStore):
+    def set_if_new(self, key: str, value: str) -> str | None:
+        etag = super().set_if_new(key, value)
+        if etag is None:
+            self.set(key, value)
+        return etag
+
+
+class RefusesWithAnEmptyEtag(MemoryBlobStore):
+    def set_if_new(self, key: str, value: str) -> str | None:
+        return super().set_if_new(key, value) or ""
+
+
+class CreatesWithTrue(MemoryBlobStore):
+    def set_if_new(self, key: str, value: str) -> Any:
+        return super().set_if_new(key, value) is not None
+
+
+class IgnoresIfMatch(MemoryBlobStore):
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        with self._lock:
+            return self._write(key, value)
+
+
+class NeverMatches(MemoryBlobStore):
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return None
+
+
+class WritesThoughItRefuses(MemoryBlobStore):
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        written = super().set_if_match(key, value, etag)
+        if written is None:
+            self.set(key, value)
+        return written
+
+
+class MatchesWhatIsMissing(MemoryBlobStore):
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return super().set_if_match(key, value, etag) or self.set_if_new(key, value)
+
+
+class IgnoresIfMatchOnDelete(MemoryBlobStore):
+    """MinIO."""
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        self.delete(key)
+        return True
+
+
+class NeverDeletes(MemoryBlobStore):
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        return False
+
+
+class OnlySaysThatItDeleted(MemoryBlobStore):
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        return self._is_current(key, etag)
+
+
+class DeletesThoughItRefuses(MemoryBlobStore):
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        if super().delete_if_match(key, etag):
+            return True
+        self.delete(key)
+        return False
+
+
+class DeletesForEver(MemoryBlobStore):
+    """The released key stays taken."""
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        with self._lock:
+            deleted = self._is_current(key, etag)
+            if deleted:
+                self._blobs[key] = ("null", "gone")
+            return deleted
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return None if etag == "gone" else super().set_if_match(key, value, etag)
+
+
+class DeletesWithNone(MemoryBlobStore):
+    def delete_if_match(self, key: str, etag: str) -> Any:
+        super().delete_if_match(key, etag)
+
+
+class OneEtagForAll(MemoryBlobStore):
+    def _write(self, key: str, value: str) -> str:
+        self._blobs[key] = (value, "etag")
+        return "etag"
+
+
+class EtagIsTheLength(MemoryBlobStore):
+    def _write(self, key: str, value: str) -> str:
+        etag = str(len(value))
+        self._blobs[key] = (value, etag)
+        return etag
+
+
+class ReadsAnotherEtag(MemoryBlobStore):
+    """As a proxy that compresses the body and marks the etag as weak."""
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        blob = super().get_with_etag(key)
+        return None if blob is None else Blob(blob.value, f"W/{blob.etag}")
+
+
+class EtagIsANumber(MemoryBlobStore):
+    def get_with_etag(self, key: str) -> Any:
+        blob = super().get_with_etag(key)
+        return None if blob is None else Blob(blob.value, int(blob.etag))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+class NoEtagWhenRead(MemoryBlobStore):
+    def get_with_etag(self, key: str) -> Any:
+        blob = super().get_with_etag(key)
+        return None if blob is None else Blob(blob.value, None)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+class NoBlobWhenRead(MemoryBlobStore):
+    def get_with_etag(self, key: str) -> Any:
+        blob = super().get_with_etag(key)
+        return None if blob is None else (blob.value, blob.etag)
+
+
+class NothingWithEtag(MemoryBlobStore):
+    def get_with_etag(self, key: str) -> Blob | None:
+        return None
+
+
+class ParsesWhatItReads(MemoryBlobStore):
+    def get(self, key: str) -> Any:
+        return None if super().get(key) is None else {"jobId": "x"}
+
+
+class ForgetsAccents(MemoryBlobStore):
+    def _write(self, key: str, value: str) -> str:
+        return super()._write(key, value.encode("ascii", "replace").decode())
+
+
+class NotUtf8(Bytes):
+    def get(self, key: str) -> Any:
+        value = super().get(key)
+        return None if value is None else value.decode().encode("utf-16")
+
+
+class NeverReallyDeletes(MemoryBlobStore):
+    def delete(self, key: str) -> None:
+        pass
+
+
+class DeleteNeedsAKey(MemoryBlobStore):
+    def delete(self, key: str) -> None:
+        with self._lock:
+            del self._blobs[key]
+
+
+class RemembersThatThereWasNoKey(MemoryBlobStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.missed: set[str] = set()
+
+    def get(self, key: str) -> str | None:
+        value = None if key in self.missed else super().get(key)
+        if value is None:
+            self.missed.add(key)
+        return value
+
+
+class CachesWhatItRead(MemoryBlobStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cached: dict[str, str] = {}
+
+    def get(self, key: str) -> str | None:
+        value = super().get(key)
+        return None if value is None else self.cached.setdefault(key, value)
+
+
+class ReadsLate(MemoryBlobStore):
+    """An eventually consistent read: the first one after a write shows what was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[str, str | None] = {}
+
+    def _write(self, key: str, value: str) -> str:
+        self.before[key] = self._blobs.get(key, (None, None))[0]
+        return super()._write(key, value)
+
+    def get(self, key: str) -> str | None:
+        return self.before.pop(key) if key in self.before else super().get(key)
+
+
+class Racy(MemoryBlobStore):
+    """Reads, then writes: in a race, each call waits in between until two have read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived: Counter[str] = Counter()
+        self.arrival = threading.Condition()
+
+    def arrive(self, event: str) -> None:
+        with self.arrival:
+            self.arrived[event] += 1
+            self.arrival.notify_all()
+
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            with self.arrival:
+                assert self.arrival.wait_for(ready, timeout=30)
+
+
+class RacyCreate(Racy):
+    def set_if_new(self, key: str, value: str) -> str | None:
+        free = key not in self._blobs
+        self.arrive(key)
+        self.wait_for(lambda: self.arrived[key] > 1)
+        with self._lock:
+            return self._write(key, value) if free else None
+
+
+class RacyUpdate(Racy):
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        current = self._is_current(key, etag)
+        self.arrive(key)
+        self.wait_for(lambda: self.arrived[key] > 1)
+        with self._lock:
+            return self._write(key, value) if current else None
+
+
+class RacyDelete(Racy):
+    """Only the delete reads first; the updates are atomic, and come while it has not deleted."""
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        self.arrive(f"{key} update")
+        self.wait_for(
+            lambda: self.arrived[f"{key} delete"] > 0 or self.arrived[f"{key} update"] == CONTENDERS
+        )
+        written = super().set_if_match(key, value, etag)
+        self.arrive(f"{key} updated")
+        return written
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        current = self._is_current(key, etag)
+        self.arrive(f"{key} delete")
+        self.wait_for(lambda: self.arrived[f"{key} updated"] > 0)
+        if current:
+            self.delete(key)
+        return current
+
+
+CONDITIONAL = set(ALL[ALL.index("create-only") : ALL.index("clean-up")])
+CREATING = CONDITIONAL | {"text-unchanged", "delete"}
+READING = CREATING - {"etag-changes", "missing-key", "update-or-delete", "delete"} | {
+    "read-your-writes"
+}
+READING_ETAGS = READING | {"etag-changes"}
+STALE = {"etag-changes", "stale-etag", "stale-delete", "one-update"}
+SOMETIMES = "update-or-delete"  # it may be in order, if the delete comes first, or the update
+
+Broken = Callable[[], MemoryBlobStore]
+BREAKAGES: list[tuple[Broken, set[str]]] = [
+    (AlwaysCreates, {"create-only", "one-create"}),
+    (NeverCreates, CREATING),
+    (CreatesThoughItRefuses, {"create-only", "one-create"}),
+    (RefusesWithAnEmptyEtag, {"create-only", "one-create"}),
+    (CreatesWithTrue, CREATING),
+    (IgnoresIfMatch, {"stale-etag", "missing-key", "one-update", "update-or-delete"}),
+    (NeverMatches, {"if-match", "one-update"}),
+    (WritesThoughItRefuses, {"stale-etag", "missing-key", "one-update"}),
+    (MatchesWhatIsMissing, {"missing-key"}),
+    (IgnoresIfMatchOnDelete, {"missing-key", "stale-delete"}),
+    (NeverDeletes, {"conditional-delete"}),
+    (OnlySaysThatItDeleted, {"conditional-delete"}),
+    (DeletesThoughItRefuses, {"stale-delete"}),
+    (DeletesForEver, {"conditional-delete"}),
+    (
+        DeletesWithNone,
+        {"missing-key", "conditional-delete", "stale-delete", "update-or-delete"},
+    ),
+    (OneEtagForAll, STALE),
+    (EtagIsTheLength, STALE),
+    (ReadsAnotherEtag, {"if-match"}),
+    (EtagIsANumber, READING_ETAGS),
+    (NoEtagWhenRead, READING_ETAGS),
+    (NoBlobWhenRead, READING_ETAGS),
+    (NothingWithEtag, READING_ETAGS),
+    (ParsesWhatItReads, READING),
+    (NotUtf8, READING),
+    (ForgetsAccents, {"text-unchanged"}),
+    (NeverReallyDeletes, {"delete", "missing-key", "clean-up"}),
+    (DeleteNeedsAKey, {"delete", "clean-up"}),
+    (RemembersThatThereWasNoKey, {"read-your-writes", "conditional-delete"}),
+    (CachesWhatItRead, {"read-your-writes", "if-match"}),
+    (ReadsLate, READING | {"clean-up"}),
+    (RacyCreate, {"one-create"}),
+    (RacyUpdate, {"one-update"}),
+    (RacyDelete, {"update-or-delete"}),
+]
+CERTAIN = (IgnoresIfMatch, DeletesWithNone, RacyDelete, NeverCreates, CreatesWithTrue)
+
+
+@pytest.mark.parametrize(
+    ("broken", "names"), BREAKAGES, ids=lambda it: "" if isinstance(it, set) else it.__name__
+)
+def test_a_broken_rule_is_found(broken: Broken, names: set[str]) -> None:
+    """By exactly the checks that are about it."""
+    findings = check_store(broken())
+    assert [finding.check for finding in findings] == ALL
+    found = set(failing(findings))
+    assert (found if broken in CERTAIN else found - {SOMETIMES}) == names
+
+
+def test_every_check_fails_for_some_store() -> None:
+    """None of them is always content."""
+    assert set[str]().union(*(names for _, names in BREAKAGES)) == set(ALL) - {"conditional-writes"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "check", "says"),
+    [
+        (IgnoresIfMatchOnDelete, "stale-delete", "pass conditional_delete=False"),
+        (IgnoresIfMatchOnDelete, "missing-key", "pass conditional_delete=False"),
+        (DeletesThoughItRefuses, "stale-delete", "after a delete_if_match that was refused"),
+        (RacyCreate, "one-create", "of 8 simultaneous calls that exclude each other succeeded"),
+        (RacyDelete, "update-or-delete", "2 of 8 simultaneous calls that exclude each other"),
+        (NeverMatches, "one-update", "none of 8 simultaneous calls succeeded: safe"),
+        (CreatesThoughItRefuses, "one-create", "after a race that its writer won"),
+        (NeverMatches, "if-match", "refused the current etag, which a write gave"),
+        (ReadsAnotherEtag, "if-match", "refused the current etag, which a read gave"),
+        (CreatesWithTrue, "create-only", "set_if_new gave a value of type bool, not an etag"),
+        (RefusesWithAnEmptyEtag, "create-only", "set_if_new gave an empty etag"),
+        (DeletesWithNone, "conditional-delete", "a value of type NoneType, not a bool"),
+        (NeverReallyDeletes, "clean-up", "get still gives a value after delete; to be deleted by"),
+    ],
+)
+def test_a_message_says_what_was_found(broken: Broken, check: str, says: str) -> None:
+    """And what it means, or what to do."""
+    assert says in failing(check_store(broken()))[check]
+
+
+def test_a_write_that_nobody_was_told_of_is_found_in_a_race() -> None:
+    """All were refused, yet the key has one of their records: worse than contention."""
+
+    class Silent(MemoryBlobStore):
+        def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+            super().set_if_match(key, value, etag)
+            return None
+
+    said = failing(check_store(Silent()))["one-update"]
+    assert said.startswith("after calls that were all refused, get gave")
+
+
+class OnlyPlain:
+    """Only the three methods of a store."""
+
+    def __init__(self, store: MemoryBlobStore) -> None:
+        self.get, self.set, self.delete = store.get, store.set, store.delete
+
+
+@pytest.mark.parametrize(
+    ("broken", "names"),
+    [
+        (ParsesWhatItReads, {"read-your-writes", "text-unchanged"}),
+        (ForgetsAccents, {"text-unchanged"}),
+        (CachesWhatItRead, {"read-your-writes"}),
+        (NeverReallyDeletes, {"delete", "clean-up"}),
+        (DeleteNeedsAKey, {"delete", "clean-up"}),
+    ],
+)
+def test_a_broken_plain_store_is_found(broken: Broken, names: set[str]) -> None:
+    """By the checks that apply to three methods."""
+    findings = check_store(OnlyPlain(broken()))
+    assert [finding.check for finding in findings] == PLAIN
+    assert set(failing(findings)) - {"conditional-writes"} == names
+
+
+# Stores that raise.
+
+
+class Flaky(MemoryBlobStore):
+    """Counts its calls, and some of them raise: told by their number and name."""
+
+    def __init__(self, raises: Callable[[int, str], bool] = lambda _number, _name: False) -> None:
+        super().__init__()
+        self.raises = raises
+        self.calls = 0
+        self.counting = threading.Lock()
+
+    def called(self, name: str) -> None:
+        with self.counting:
+            self.calls += 1
+            number = self.calls
+        if self.raises(number, name):
+            raise OSError(f"429 Too Many\nRequests at {name}")
+
+    def get(self, key: str) -> str | None:
+        self.called("get")
+        return super().get(key)
+
+    def set(self, key: str, value: str) -> None:
+        self.called("set")
+        super().set(key, value)
+
+    def delete(self, key: str) -> None:
+        self.called("delete")
+        super().delete(key)
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        self.called("get_with_etag")
+        return super().get_with_etag(key)
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        self.called("set_if_new")
+        return super().set_if_new(key, value)
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        self.called("set_if_match")
+        return super().set_if_match(key, value, etag)
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        self.called("delete_if_match")
+        return super().delete_if_match(key, etag)
+
+
+def at_call(failing_call: int) -> Callable[[int, str], bool]:
+    return lambda number, _name: number == failing_call
+
+
+def test_whichever_call_raises_it_is_a_finding_and_all_is_cleaned_up() -> None:
+    """Every call in turn, those of the clean-up included: what is left is named there."""
+    good = Flaky()
+    check_store(good)
+    assert good.calls > 150
+    for failing_call in range(1, good.calls + 1):
+        store = Flaky(at_call(failing_call))
+        findings = check_store(store)
+        if store.calls < failing_call:  # how the races ended decides whether the last ones come
+            continue
+        assert [finding.check for finding in findings] == ALL
+        ((check, message),) = failing(findings).items()
+        assert message.startswith("raised OSError: 429 Too Many Requests at ")
+        assert list(store) == [] or check == "clean-up"
+        assert all(key in message for key in store)
+
+
+def test_a_store_that_only_raises_is_no_crash() -> None:
+    """Wrong credentials: every check says so, the clean-up once for all its keys."""
+    store = Flaky(lambda _number, _name: True)
+    findings = check_store(store)
+    assert [finding.check for finding in findings] == ALL
+    found = failing(findings)
+    assert found.keys() == set(ALL) - {"conditional-writes"}
+    assert all(it.startswith("raised OSError: 429 Too Many Requests") for it in found.values())
+    assert found["clean-up"].count("raised") == 1
+
+
+def test_what_cannot_be_deleted_is_named() -> None:
+    """Each key, so that an operator can delete it by hand."""
+    store = Flaky(lambda _number, name: name == "delete")
+    found = failing(check_store(store))
+    assert found.keys() == {"delete", "missing-key", "clean-up"}
+    assert len(store) > 10
+    assert all(key in found["clean-up"] for key in store)
+
+
+def test_a_call_that_raises_in_a_race_is_shown() -> None:
+    """Even if another one won: to a user it would be neither a win nor a refusal."""
+
+    class Limited(MemoryBlobStore):
+        def set_if_new(self, key: str, value: str) -> str | None:
+            etag = super().set_if_new(key, value)
+            if etag is None and threading.current_thread() is not threading.main_thread():
+                raise OSError("429")
+            return etag
+
+    assert failing(check_store(Limited())) == {"one-create": "raised OSError: 429"}
+
+
+def test_two_winners_matter_more_than_a_call_that_raises() -> None:
+    """The finding is that the store is unsafe."""
+
+    class LimitedAndRacy(RacyCreate):
+        def set_if_new(self, key: str, value: str) -> str | None:
+            etag = super().set_if_new(key, value)
+            self.arrive(f"{key} written" if etag else f"{key} refused")
+            if etag is None or self.arrived[f"{key} written"] > 2:
+                raise OSError("429")
+            return etag
+
+    assert "exclude each other" in failing(check_store(LimitedAndRacy()))["one-create"]
+
+
+def test_an_error_that_cannot_be_printed_is_no_crash() -> None:
+    """Its type is named."""
+
+    class UnprintableError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    class Store(PlainStore):
+        def get(self, key: str) -> str | None:
+            raise UnprintableError
+
+    assert "UnprintableError" in failing(check_store(Store()))["text-unchanged"]
+
+
+def test_an_interrupt_reaches_the_caller_and_the_keys_are_deleted() -> None:
+    """Ctrl-C in the middle of a deployment leaves nothing behind."""
+
+    class Interrupted(RecordingStore):
+        def _called(self, name: str) -> None:
+            super()._called(name)
+            if len(self.calls) == 40:
+                raise KeyboardInterrupt
+
+    store = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        check_store(store)
+    assert len(store.calls) > 40
+    assert len(store) == 0
+
+
+# What is no store, and what it costs.
+
+
+class SomeMethods(PlainStore):
+    def set_if_new(self, key: str, value: str) -> str | None:
+        return None
+
+
+class HalfAsync(MemoryBlobStore):
+    async def delete_if_match(self, key: str, etag: str) -> bool:  # type: ignore[override] # pyright: ignore[reportIncompatibleMethodOverride]
+        return False
+
+
+class Awaitables(PlainStore):
+    def get(self, key: str) -> Any:
+        class Answer:
+            def __await__(self) -> None:
+                raise AssertionError
+
+        return Answer()
+
+
+@pytest.mark.parametrize(
+    ("store", "says"),
+    [
+        (None, "NoneType lacks get, set, delete"),
+        ({}, "dict lacks set, delete"),
+        (SomeMethods(), "lacks get_with_etag, set_if_match, delete_if_match"),
+        (AsyncView(PlainStore()), "the store is async: check the blocking store that it wraps"),
+        (AsyncConditionalView(MemoryBlobStore()), "the store is async"),
+        (ThreadedBlobStore(MemoryBlobStore()), "the store is async"),
+        (Awaitables(), "the store is async"),
+    ],
+    ids=lambda it: "" if isinstance(it, str) else type(it).__name__,
+)
+def test_what_is_no_blocking_store_is_a_type_error(store: Any, says: str) -> None:
+    """With what to do; no coroutine is left that nobody awaits."""
+    with pytest.raises(TypeError, match=says):
+        check_store(store)
+
+
+def test_a_half_async_store_is_a_type_error_and_cleaned_up() -> None:
+    """It is noticed only when the async method is called."""
+    store: Any = HalfAsync()
+    with pytest.raises(TypeError, match="the store is async"):
+        check_store(store)
+    assert len(store) == 0
+
+
+def test_it_makes_no_more_requests_than_it_says() -> None:
+    """The figures of the docstring, for services that are paid by the request."""
+
+    class Counting(Flaky):
+        """Releases by tombstone, which costs two requests more at the next acquire."""
+
+        def delete_if_match(self, key: str, etag: str) -> bool:
+            return self.set_if_match(key, "null", etag) is not None
+
+    conditional, plain = Counting(), PlainStore()
+    check_store(conditional)
+    check_store(plain)
+    text = " ".join(str(check_store.__doc__).split())
+    most, most_on_plain = map(int, re.findall(r"at most (\d+)", text))
+    assert most * 0.9 < conditional.calls <= most
+    assert most_on_plain * 0.8 < len(plain.calls) <= most_on_plain
+
+
+def test_a_finding_is_a_value_as_true_as_it_is_ok() -> None:
+    """Like the results of the lock's functions."""
+    good, bad = Finding(True, "delete", "fine"), Finding(False, "delete", "broken")
+    assert (bool(good), bool(bad)) == (True, False)
+    assert pickle.loads(pickle.dumps(bad)) == copy.deepcopy(bad) == bad  # noqa: S301
+    assert len({good, copy.copy(good), bad}) == 2
+    with pytest.raises(AttributeError):
+        good.ok = False  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_import_joblock_does_not_import_it() -> None:
+    """Nor the thread pool that it needs."""
+    code = (
+        "import sys, joblock;"
+        "print([m for m in ('joblock.conformance', 'concurrent.futures') if m in sys.modules])"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert loaded.stdout.strip() == "[]"
