@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.backends import Backends
 from tests.support import Api, AsyncApi, Clock, SyncApi
 
 
@@ -15,6 +18,14 @@ def api(request: pytest.FixtureRequest) -> Api:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture(scope="session")
+def backends() -> Iterator[Backends]:
+    """The object stores' servers, each started when a test first asks for it."""
+    started = Backends()
+    yield started
+    started.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -215,6 +215,7 @@ def _crc32c(data: bytes) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # the head and the body in one packet
     storage: Storage
 
     def do_GET(self) -> None:

@@ -98,6 +98,9 @@ class WrongStoreError(TypeError):
     """The store lacks methods, or is async where a blocking one is needed, or the reverse."""
 
 
+TOMBSTONE = "null"
+"""What a store writes over a record that it cannot delete under a condition: read as no lock."""
+
 CONDITIONAL = ("get_with_etag", "set_if_new", "set_if_match", "delete_if_match")
 
 

@@ -39,7 +39,7 @@ def record(store: ConditionalBlobStore, key: str, seed: int, calls: int) -> list
         called = time.perf_counter_ns()
         if verb == "get":
             blob = store.get_with_etag(key)
-            reply = None if blob is None else (str(blob.value), blob.etag)
+            reply = None if blob is None else (as_text(blob.value), blob.etag)
         elif verb == "create":
             reply = store.set_if_new(key, value)
         elif verb == "match":
@@ -53,6 +53,10 @@ def record(store: ConditionalBlobStore, key: str, seed: int, calls: int) -> list
         elif isinstance(reply, str):
             known = reply
     return events
+
+
+def as_text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode()
 
 
 def explanation(events: Sequence[Event]) -> list[Event] | None:

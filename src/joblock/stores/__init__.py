@@ -1,1 +1,85 @@
 """The stores that ship, a module each; none is imported before it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..store import ConditionalBlobStore
+
+__all__ = ["open_store"]
+
+_URLS = (
+    "sqlite:PATH, s3://BUCKET/PREFIX, azure://CONTAINER/PREFIX, gs://BUCKET/PREFIX, netlify:STORE "
+    "or memory:"
+)
+_PACKAGES = {
+    "s3": "boto3",
+    "azure": "azure-storage-blob azure-identity",
+    "gs": "google-cloud-storage",
+}
+
+
+def open_store(url: str) -> ConditionalBlobStore:
+    """Return the store that `url` names, with the credentials that its SDK finds by itself.
+
+    - `sqlite:jobs.db` or `sqlite:/var/lib/app/jobs.db`: `SqliteBlobStore`.
+    - `s3://bucket/prefix`: `S3BlobStore`; with `?conditional_delete=false` for MinIO and R2, whose
+      address boto3 takes from `AWS_ENDPOINT_URL_S3`.
+    - `azure://container/prefix`: `AzureBlobStore`; from `AZURE_STORAGE_CONNECTION_STRING`, or from
+      `AZURE_STORAGE_ACCOUNT` and azure-identity's `DefaultAzureCredential`.
+    - `gs://bucket/prefix`: `GcsBlobStore`.
+    - `netlify:store`: `NetlifyBlobStore`; from `NETLIFY_BLOBS_CONTEXT`, or from `NETLIFY_SITE_ID`
+      and `NETLIFY_AUTH_TOKEN`.
+    - `memory:`: a new, empty `MemoryBlobStore`.
+
+    A prefix stands before each key with a slash in between.
+
+    Raises:
+        ValueError: the URL is none of these, or the environment lacks what it needs.
+        ImportError: the SDK is not installed; the text has the command that installs it.
+        Exception: what the SDK, or SQLite, raised.
+    """
+    scheme, _, rest = url.partition(":")
+    try:
+        match scheme:
+            case "memory" if not rest:
+                from .memory import MemoryBlobStore
+
+                return MemoryBlobStore()
+            case "sqlite":
+                from .sqlite import SqliteBlobStore
+
+                return SqliteBlobStore(rest)
+            case "s3":
+                from .s3 import open_bucket
+
+                rest, _, option = rest.partition("?")
+                if option not in ("", "conditional_delete=false"):
+                    raise ValueError("the only option of s3: is ?conditional_delete=false")
+                return open_bucket(*_place(rest), conditional_delete=not option)
+            case "azure":
+                from .azure import open_container
+
+                return open_container(*_place(rest))
+            case "gs":
+                from .gcs import open_bucket as open_gcs_bucket
+
+                return open_gcs_bucket(*_place(rest))
+            case "netlify":
+                from .netlify import open_site_store
+
+                return open_site_store(rest)
+            case _:
+                # Not the whole URL: there may be a password in it.
+                raise ValueError(f"a store is {_URLS}; there is no {scheme!r}")
+    except ModuleNotFoundError as error:
+        packages = _PACKAGES[scheme]
+        raise ImportError(f"{scheme}: needs a package: python -m pip install {packages}") from error
+
+
+def _place(rest: str) -> tuple[str, str]:
+    slashes, name, prefix = rest[:2], *rest[2:].partition("/")[::2]
+    if slashes != "//" or not name or "@" in name:
+        raise ValueError(f"a store is {_URLS}")
+    return name, prefix if prefix.endswith("/") or not prefix else f"{prefix}/"

@@ -1,0 +1,69 @@
+"""What the stores of a remote service share: what to do when the service gives no answer.
+
+They ask again. A request whose answer was lost may have taken effect, and a conditional write that
+did is refused when it is sent again: because of itself. So a refusal counts only if every request
+was answered; otherwise the key is read, and tells.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..store import Blob
+
+T = TypeVar("T")
+
+# For the clients that take them with each request: their own defaults are a minute and more.
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 10.0
+
+# As a header, these would be no condition, or one that any version fulfils.
+NO_ETAGS = ("", "*")
+
+
+class DoubtfulRefusal(Exception):  # noqa: N818 - it is caught here, always
+    """The client repeated a request by itself, and then it was refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Which errors are no answer, and how long to wait before each further request."""
+
+    unanswered: Callable[[Exception], bool]
+    pauses_s: tuple[float, ...] = (0.1, 1.5)  # Google allows a key about one write a second
+
+    def ask(self, send: Callable[[], T]) -> tuple[T | None, bool]:
+        """Return what `send` returns, and whether an earlier request was not answered."""
+        pauses = iter(self.pauses_s)
+        again = False
+        while True:
+            try:
+                return send(), again
+            except DoubtfulRefusal:
+                return None, True
+            except Exception as error:
+                pause_s = next(pauses, None)
+                if pause_s is None or not self.unanswered(error):
+                    raise
+            time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311 - clients must not go in step
+            again = True
+
+    def write(
+        self, send: Callable[[], str | None], read: Callable[[], Blob | None], value: str
+    ) -> str | None:
+        """Return the etag of what `send` wrote, or None if the write was refused."""
+        etag, again = self.ask(send)
+        if etag is None and again:
+            blob = read()
+            if blob is not None and blob.value == value.encode():
+                return blob.etag
+        return etag
+
+    def delete(self, send: Callable[[], bool], read: Callable[[], Blob | None]) -> bool:
+        """Return whether `send` removed the key: one that is gone by now, it did."""
+        removed, again = self.ask(send)
+        return removed is True or (again and read() is None)

@@ -1,0 +1,125 @@
+"""Google Cloud Storage."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import partial
+from typing import Any
+
+import requests
+from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
+from google.auth.exceptions import TransportError
+
+from ..store import Blob
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Retry
+
+# The SDK's own retry goes on for two minutes, and takes its own write for a conflict.
+_REQUEST: dict[str, Any] = {"retry": None, "timeout": (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)}
+
+
+class GcsBlobStore:
+    """A conditional store in a bucket, over the `google.cloud.storage.Bucket` that it is given.
+
+    The etag is the object's generation. `prefix` goes before every key as it is, so end it with a
+    slash. The client needs `storage.objects.get`, `.create` and `.delete` (to overwrite, too).
+    Google allows about one write a second to one key, and answers more of them with 429.
+
+    A request waits 5 seconds to connect and 10 for an answer; without one, or after a 429, it is
+    sent again, twice at most. What the SDK raises then reaches the caller.
+    """
+
+    def __init__(self, bucket: Any, *, prefix: str = "") -> None:
+        self._bucket = bucket
+        self._prefix = prefix
+
+    def __repr__(self) -> str:
+        return f"GcsBlobStore({self._bucket.name!r}, prefix={self._prefix!r})"
+
+    def get(self, key: str) -> str | bytes | None:
+        """Return the value, or None if there is no such key."""
+        blob = self.get_with_etag(key)
+        return None if blob is None else blob.value
+
+    def set(self, key: str, value: str) -> None:
+        """Write the value, whatever was there."""
+        self._write(key, value, None)
+
+    def delete(self, key: str) -> None:
+        """Remove the key, if it is there."""
+        self._delete(key, None)
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        """Return the value and its etag, or None if there is no such key."""
+
+        def send() -> Blob | None:
+            blob = self._bucket.blob(self._prefix + key)
+            try:
+                value = blob.download_as_bytes(**_REQUEST)
+            except NotFound:
+                return None
+            return Blob(value, str(blob.generation))
+
+        return _RETRY.ask(send)[0]
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if the key exists."""
+        return self._write(key, value, 0)
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if `etag` is not current."""
+        generation = _generation(etag)
+        return None if generation is None else self._write(key, value, generation)
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
+        generation = _generation(etag)
+        return generation is not None and self._delete(key, generation)
+
+    def _write(self, key: str, value: str, generation: int | None) -> str | None:
+        def send() -> str | None:
+            blob = self._bucket.blob(self._prefix + key)
+            blob.cache_control = "no-store"
+            try:
+                blob.upload_from_string(
+                    value.encode(),
+                    content_type="application/json",
+                    if_generation_match=generation,
+                    **_REQUEST,
+                )
+            except PreconditionFailed:
+                return None
+            return str(blob.generation)
+
+        return _RETRY.write(send, partial(self.get_with_etag, key), value)
+
+    def _delete(self, key: str, generation: int | None) -> bool:
+        def send() -> bool:
+            try:
+                self._bucket.blob(self._prefix + key).delete(
+                    if_generation_match=generation, **_REQUEST
+                )
+            except (NotFound, PreconditionFailed):
+                return False
+            return True
+
+        return _RETRY.delete(send, partial(self.get_with_etag, key))
+
+
+def open_bucket(bucket: str, prefix: str) -> GcsBlobStore:
+    """Return the store with a client of its own, for `joblock.stores.open_store`."""
+    storage: Any = importlib.import_module("google.cloud.storage")  # it has no types
+    return GcsBlobStore(storage.Client().bucket(bucket), prefix=prefix)
+
+
+def _generation(etag: str) -> int | None:
+    return int(etag) if re.fullmatch("[1-9][0-9]*", etag) else None  # 0 would mean: a new key
+
+
+def _unanswered(error: Exception) -> bool:
+    if isinstance(error, GoogleAPICallError):
+        return error.code is None or error.code >= 500 or error.code in (408, 429)
+    return isinstance(error, requests.RequestException | TransportError)
+
+
+_RETRY = Retry(_unanswered)

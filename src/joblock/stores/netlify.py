@@ -1,0 +1,241 @@
+"""Netlify Blobs, over HTTP: the original's store, for which there is no Python client."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import re
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote, urlencode, urlsplit
+
+from ..store import TOMBSTONE, Blob
+from ._http import Answer, Connections
+from ._remote import NO_ETAGS, READ_TIMEOUT_S, Retry
+
+_API_URL = "https://api.netlify.com"
+_SIGNED_URL = {"accept": "application/json;type=signed-url"}
+
+# What the official client leaves as it is in a key: both must name the same blob.
+_SAFE = "!$&'()*+,-./:;=@[]^_|~"
+
+
+class NetlifyBlobsError(Exception):
+    """Netlify answered a request with an error; `status` is HTTP's.
+
+    After a failed read the blob is untouched; after a failed write or removal it is, too, unless
+    `status` is 500 or more: then that is unknown.
+    """
+
+    def __init__(self, status: int, problem: str) -> None:
+        super().__init__(status, problem)
+        self.status = status
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.problem}: status {self.status}"
+
+
+class NetlifyBlobStore:
+    """A conditional store in the site-wide store `name` of Netlify Blobs.
+
+    In a Netlify function, all else comes from the environment's `NETLIFY_BLOBS_CONTEXT`.
+    Elsewhere give `site_id` and an access `token`. With `edge_url` (a context's
+    `uncachedEdgeURL`) requests go there. Without, they go to `api_url`, which first gives out a
+    signed URL for each read and write: two requests instead of one. Reads are strongly consistent.
+
+    Netlify has no conditional delete, so a release writes `null` over the record, which every
+    reader takes for no lock. A key of more than 600 bytes is a `ValueError` before any request.
+
+    An answer is awaited for `timeout` seconds; without one, or after a 429 or 5xx, a request is
+    sent again, twice at most. Then `NetlifyBlobsError`, `OSError` or `http.client.HTTPException`
+    is raised. None of them shows the token, nor does `repr`.
+
+    Safe from any thread, and after fork. Connections are kept open for the next request; close
+    them with `close()` or `with`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        site_id: str | None = None,
+        token: str | None = None,
+        api_url: str | None = None,
+        edge_url: str | None = None,
+        timeout: float = READ_TIMEOUT_S,
+    ) -> None:
+        self._http = Connections(timeout)
+        if not name or "/" in name or len(name.encode()) > 64:
+            raise ValueError(f"a store's name has 1 to 64 bytes and no slash, unlike {name!r}")
+        if site_id is None and token is None:
+            context = _context()
+            site_id, token = context.get("siteID"), context.get("token")
+            api_url, edge_url = context.get("apiURL"), context.get("uncachedEdgeURL")
+            if context.get("edgeURL") and not edge_url:
+                raise ValueError("NETLIFY_BLOBS_CONTEXT has no uncachedEdgeURL, for strong reads")
+        if not site_id or not token:
+            raise ValueError("give site_id and token, or run where NETLIFY_BLOBS_CONTEXT is set")
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError("token has characters that no token has")
+        self._name = name
+        self._bearer = {"authorization": f"Bearer {token}"}
+        self._has_edge = bool(edge_url)
+        scheme, host, *_ = urlsplit(edge_url or api_url or _API_URL)
+        self._url = f"{scheme}://{host}{'' if edge_url else '/api/v1/blobs'}"
+        self._url += f"/{quote(site_id, _SAFE)}/site:{quote(name, _SAFE)}"
+
+    def __repr__(self) -> str:
+        return f"NetlifyBlobStore({self._name!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections that are open. A later request opens a new one."""
+        self._http.close()
+
+    def get(self, key: str) -> str | bytes | None:
+        """Return the value, or None if there is no such key."""
+        answer = self._read(key)
+        return None if answer is None else answer.body
+
+    def set(self, key: str, value: str) -> None:
+        """Write the value, whatever was there."""
+        self._write(key, value, {})
+
+    def delete(self, key: str) -> None:
+        """Remove the key, if it is there."""
+        _RETRY.ask(partial(self._request, "DELETE", key, (200, 204, 404)))
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        """Return the value and its etag, or None if there is no such key."""
+        answer = self._read(key)
+        if answer is None:
+            return None
+        etag = answer.headers.get("etag")
+        if etag is None:
+            # First the etag, then the value: then a write in between makes the condition fail.
+            etag = self._listed_etag(key)
+            answer = self._read(key)
+            if etag is None or answer is None:
+                return None
+        return Blob(answer.body, etag)
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if the key exists."""
+        return self._write(key, value, {"if-none-match": "*"})
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if `etag` is not current."""
+        return None if etag in NO_ETAGS else self._write(key, value, {"if-match": etag})
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        """Write `null` and return True; False, and nothing written, if `etag` is not current."""
+        return self.set_if_match(key, TOMBSTONE, etag) is not None
+
+    def _read(self, key: str) -> Answer | None:
+        answer, _ = _RETRY.ask(partial(self._request, "GET", key, (200, 404)))
+        return None if answer is None or answer.status == 404 else answer
+
+    def _write(self, key: str, value: str, condition: dict[str, str]) -> str | None:
+        headers = {**condition, "cache-control": "max-age=0, stale-while-revalidate=60"}
+        read = partial(self.get_with_etag, key)
+
+        def send() -> str | None:
+            answer = self._request("PUT", key, (200, 412), headers, value.encode())
+            if answer.status == 412:
+                return None
+            etag = answer.headers.get("etag")
+            if etag is None:
+                blob = read()
+                etag = blob.etag if blob is not None and blob.value == value.encode() else None
+            return etag
+
+        return _RETRY.write(send, read, value)
+
+    def _listed_etag(self, key: str) -> str | None:
+        name = quote(key, _SAFE)  # as it is in the URL: the local server alone has no ETag
+        query = urlencode({"prefix": name})
+        listing = self._send("GET", f"{self._url}?{query}", (200,), self._bearer)
+        blobs = json.loads(listing.body)["blobs"]
+        return next((blob["etag"] for blob in blobs if blob["key"] == name), None)
+
+    def _request(
+        self,
+        method: str,
+        key: str,
+        expected: tuple[int, ...],
+        headers: dict[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
+        if len(key.encode()) > 600:
+            raise ValueError(f"Netlify's keys have at most 600 bytes, unlike {key!r}")
+        url = f"{self._url}/{quote(key, _SAFE)}"
+        if self._has_edge or method == "DELETE":
+            return self._send(method, url, expected, self._bearer | (headers or {}), body)
+        signed = self._send(method, url, (200,), self._bearer | _SIGNED_URL)
+        return self._send(method, _signed_url(signed), expected, headers or {}, body)
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        expected: tuple[int, ...],
+        headers: dict[str, str],
+        body: bytes | None = None,
+    ) -> Answer:
+        answer = self._http.request(method, url, headers, body)
+        if answer.status not in expected:
+            problem = f"{method} in the Netlify Blobs store {self._name!r}"
+            raise NetlifyBlobsError(answer.status, problem)
+        return answer
+
+
+def open_site_store(name: str) -> NetlifyBlobStore:
+    """Return the store of the environment, for `joblock.stores.open_store`."""
+    if "NETLIFY_BLOBS_CONTEXT" in os.environ:
+        return NetlifyBlobStore(name)
+    site_id, token = os.environ.get("NETLIFY_SITE_ID"), os.environ.get("NETLIFY_AUTH_TOKEN")
+    return NetlifyBlobStore(name, site_id=site_id, token=token)
+
+
+def _context() -> dict[str, Any]:
+    try:
+        return dict(json.loads(base64.b64decode(os.environ.get("NETLIFY_BLOBS_CONTEXT", ""))))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _signed_url(answer: Answer) -> str:
+    try:
+        url = json.loads(answer.body)["url"]
+    except (ValueError, KeyError, TypeError):
+        url = None
+    # An unusable one is not shown: its signature is a credential.
+    if isinstance(url, str) and url.startswith("http") and re.fullmatch("[!-~]+", url):
+        return url
+    raise NetlifyBlobsError(answer.status, "Netlify gave no usable signed URL")
+
+
+def _unanswered(error: Exception) -> bool:
+    if isinstance(error, NetlifyBlobsError):
+        return error.status >= 500 or error.status in (408, 429)
+    return isinstance(error, OSError | http.client.HTTPException)
+
+
+_RETRY = Retry(_unanswered)

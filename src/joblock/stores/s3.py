@@ -1,0 +1,150 @@
+"""Amazon S3, and what speaks its protocol: MinIO, Cloudflare R2, Ceph and others."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from typing import Any
+
+from botocore.config import Config
+from botocore.exceptions import ClientError, HTTPClientError
+
+from ..store import TOMBSTONE, Blob
+from ._remote import CONNECT_TIMEOUT_S, NO_ETAGS, READ_TIMEOUT_S, DoubtfulRefusal, Retry
+
+QUICK = Config(
+    connect_timeout=CONNECT_TIMEOUT_S,
+    read_timeout=READ_TIMEOUT_S,
+    retries={"mode": "standard", "total_max_attempts": 3},
+)
+"""Time-outs and retries for a client that locks."""
+
+
+class S3BlobStore:
+    """A conditional store in a bucket, over the boto3 S3 client that it is given.
+
+    `prefix` goes before every key as it is, so end it with a slash. Reads and conditions need the
+    permission `s3:GetObject`, writes `s3:PutObject`, removal `s3:DeleteObject`; without
+    `s3:ListBucket`, reading a key that is not there is an AccessDenied error.
+
+    `conditional_delete=False` is for a service that ignores the condition of a delete, as MinIO
+    does: a release then writes `null` over the record, which every reader takes for no lock.
+    `joblock.conformance` tells which service does.
+
+    Time-outs and retries are the client's, whose defaults wait a minute for each of five answers:
+    give it `QUICK`, this module's `botocore.config.Config`. Without an answer a request is sent
+    once more. What boto3 raises then reaches the caller.
+    """
+
+    def __init__(
+        self, client: Any, bucket: str, *, prefix: str = "", conditional_delete: bool = True
+    ) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._prefix = prefix
+        self._conditional_delete = conditional_delete
+
+    def __repr__(self) -> str:
+        return f"S3BlobStore({self._bucket!r}, prefix={self._prefix!r})"
+
+    def get(self, key: str) -> str | bytes | None:
+        """Return the value, or None if there is no such key."""
+        blob = self.get_with_etag(key)
+        return None if blob is None else blob.value
+
+    def set(self, key: str, value: str) -> None:
+        """Write the value, whatever was there."""
+        self._write(key, value)
+
+    def delete(self, key: str) -> None:
+        """Remove the key, if it is there."""
+        self._client.delete_object(**self._object(key))
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        """Return the value and its etag, or None if there is no such key."""
+        try:
+            response = self._client.get_object(**self._object(key))
+        except ClientError as error:
+            if _reply(error)[1] == "NoSuchKey":
+                return None
+            raise
+        with response["Body"] as body:
+            return Blob(body.read(), response["ETag"])
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if the key exists."""
+        return self._write(key, value, IfNoneMatch="*")
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if `etag` is not current."""
+        return None if etag in NO_ETAGS else self._write(key, value, IfMatch=etag)
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
+        if not self._conditional_delete:
+            return self.set_if_match(key, TOMBSTONE, etag) is not None
+        if etag in NO_ETAGS:
+            return False
+
+        def send() -> bool:
+            try:
+                self._client.delete_object(**self._object(key), IfMatch=etag)
+            except ClientError as error:
+                _raise_unless_refused(error)
+                return False
+            return True
+
+        return _RETRY.delete(send, partial(self.get_with_etag, key))
+
+    def _write(self, key: str, value: str, **condition: str) -> str | None:
+        def send() -> str | None:
+            try:
+                response = self._client.put_object(
+                    **self._object(key),
+                    **condition,
+                    Body=value.encode(),
+                    ContentType="application/json",
+                )
+            except ClientError as error:
+                _raise_unless_refused(error)
+                return None
+            etag: str = response["ETag"]
+            return etag
+
+        return _RETRY.write(send, partial(self.get_with_etag, key), value)
+
+    def _object(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
+
+def open_bucket(bucket: str, prefix: str, *, conditional_delete: bool) -> S3BlobStore:
+    """Return the store with a client of its own, for `joblock.stores.open_store`."""
+    boto3: Any = importlib.import_module("boto3")  # it has no types
+    client = boto3.client("s3", config=QUICK)
+    return S3BlobStore(client, bucket, prefix=prefix, conditional_delete=conditional_delete)
+
+
+def _reply(error: ClientError) -> tuple[int, str, int]:
+    """Return the status, S3's code for the error, and how often boto3 asked again."""
+    response: Any = error.response
+    metadata = response["ResponseMetadata"]
+    return metadata["HTTPStatusCode"], response["Error"]["Code"], metadata["RetryAttempts"]
+
+
+def _raise_unless_refused(error: ClientError) -> None:
+    status, code, retries = _reply(error)
+    # 409 ConditionalRequestConflict: another conditional write is under way. So look again.
+    if status != 412 and code not in ("ConditionalRequestConflict", "NoSuchKey"):
+        raise error
+    if retries > 0:
+        raise DoubtfulRefusal from error
+
+
+def _unanswered(error: Exception) -> bool:
+    if isinstance(error, ClientError):
+        status, *_ = _reply(error)
+        return status >= 500 or status == 429
+    return isinstance(error, HTTPClientError)
+
+
+_RETRY = Retry(_unanswered, pauses_s=(0.1,))  # boto3 has retries of its own
