@@ -200,6 +200,7 @@ def test_netlify() -> None:
 
         assert winners(write, PermissionError) == 1
     assert_gone(server.url)
+    assert not server.folder.exists()
 
 
 class Reply:
@@ -287,6 +288,21 @@ def test_the_proxy_changes_nothing() -> None:
         assert (first.method, first.path, first.status) == ("PUT", "/a%2Fb/%C3%BC?x=%20&y", 200)
         assert (first.body, first.headers["if-match"]) == (body, '"1"')
         assert second.body == b"3\r\none\r\n5\r\nthree\r\n0\r\n\r\n"
+
+
+def test_the_proxy_asks_for_a_body_that_waits_to_be_asked_for() -> None:
+    """A client that expects 100 Continue gets it before it has sent the body, and one reply."""
+    with echo() as (proxy, _):
+        address = urlsplit(proxy.url)
+        with socket.create_connection(("127.0.0.1", address.port or 0), 30) as client:
+            head = "PUT / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n"
+            client.sendall(head.encode())
+            assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.sendall(b"body")
+            with client.makefile("rb") as reply:
+                assert reply.readline() == b"HTTP/1.1 200 OK\r\n"
+                client.shutdown(socket.SHUT_WR)
+                assert reply.read().endswith(b"\n\nbody")
 
 
 def test_the_proxy_keeps_connections_alive() -> None:
