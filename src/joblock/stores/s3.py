@@ -32,8 +32,8 @@ class S3BlobStore:
     `joblock.conformance` tells which service does.
 
     Time-outs and retries are the client's, whose defaults wait a minute for each of five answers:
-    give it `QUICK`, this module's `botocore.config.Config`. Without an answer a request is sent
-    once more. What boto3 raises then reaches the caller.
+    give it `QUICK`, this module's `botocore.config.Config`. A request that boto3 gave up without
+    an answer is sent once more. What boto3 raises then reaches the caller.
     """
 
     def __init__(
@@ -58,18 +58,22 @@ class S3BlobStore:
 
     def delete(self, key: str) -> None:
         """Remove the key, if it is there."""
-        self._client.delete_object(**self._object(key))
+        _RETRY.ask(partial(self._client.delete_object, **self._object(key)))
 
     def get_with_etag(self, key: str) -> Blob | None:
         """Return the value and its etag, or None if there is no such key."""
-        try:
-            response = self._client.get_object(**self._object(key))
-        except ClientError as error:
-            if _reply(error)[1] == "NoSuchKey":
-                return None
-            raise
-        with response["Body"] as body:
-            return Blob(body.read(), response["ETag"])
+
+        def send() -> Blob | None:
+            try:
+                response = self._client.get_object(**self._object(key))
+            except ClientError as error:
+                if _reply(error)[1] == "NoSuchKey":
+                    return None
+                raise
+            with response["Body"] as body:
+                return Blob(body.read(), response["ETag"])
+
+        return _RETRY.ask(send)[0]
 
     def set_if_new(self, key: str, value: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if the key exists."""
@@ -142,9 +146,9 @@ def _raise_unless_refused(error: ClientError) -> None:
 
 def _unanswered(error: Exception) -> bool:
     if isinstance(error, ClientError):
-        status, *_ = _reply(error)
-        return status >= 500 or status == 429
+        status, _, retries = _reply(error)
+        return retries == 0 and (status >= 500 or status == 429)
     return isinstance(error, HTTPClientError)
 
 
-_RETRY = Retry(_unanswered, pauses_s=(0.1,))  # boto3 has retries of its own
+_RETRY = Retry(_unanswered, pauses_s=(0.1,))  # boto3 has been patient already

@@ -1,0 +1,291 @@
+"""Lost requests, lost replies, and conflicts at the same moment, between an SDK and its server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from joblock import (
+    Acquired,
+    ConditionalBlobStore,
+    ReleaseResult,
+    Renewed,
+    acquire_job_lock,
+    peek_job_lock,
+    release_job_lock,
+    renew_job_lock,
+)
+from tests.backends import NAMES, RETRIES, TOMBSTONE, Backends
+from tests.lossy import Proxy, Request, lossy
+from tests.support import UID, VAULT, acquired, held
+
+XML = {"Content-Type": "application/xml"}
+CONFLICT = b"<Error><Code>ConditionalRequestConflict</Code><Message>busy</Message></Error>"
+
+
+def is_write(request: Request) -> bool:
+    """Not Netlify's request for the signed URL, which changes nothing."""
+    return request.method in ("PUT", "POST") and not request.path.startswith("/api/")
+
+
+def is_read(request: Request) -> bool:
+    return request.method == "GET" and not request.path.startswith("/api/")
+
+
+def error(status: int) -> bytes:
+    return b"<Error><Code>Status%d</Code><Message>not now</Message></Error>" % status
+
+
+def is_takeover(request: Request) -> bool:
+    condition = request.headers.get("if-match") or "ifGenerationMatch=1" in request.path
+    return is_write(request) and bool(condition)
+
+
+@dataclass
+class Link:
+    """The same place, once through the proxy and once directly, as another host would see it."""
+
+    name: str
+    proxy: Proxy
+    store: ConditionalBlobStore
+    direct: ConditionalBlobStore
+
+    def is_removal(self, request: Request) -> bool:
+        return is_write(request) if self.name in TOMBSTONE else request.method == "DELETE"
+
+    def skip_the_sdks_own_patience(self) -> None:
+        if self.name == "s3-legacy":
+            pytest.skip("boto3's default is patient for long; QUICK and no retries are tried")
+
+    def taken(self, ttl_ms: float = 1e6) -> Acquired:
+        """Another host's lock."""
+        return acquired(acquire_job_lock(self.direct, UID, VAULT, ttl_ms=ttl_ms))
+
+    def owner(self) -> str | None:
+        record = peek_job_lock(self.direct, UID, VAULT)
+        return None if record is None else record.job_id
+
+
+@pytest.fixture(params=[*NAMES, *RETRIES])
+def link(request: pytest.FixtureRequest, backends: Backends) -> Iterator[Link]:
+    backend = backends[request.param]
+    prefix = backends.new_prefix()
+    with lossy(backend.url, rewrite=True) as proxy, ExitStack() as stack:
+        store = backend.open(stack, prefix, proxy.url)
+        yield Link(request.param, proxy, store, backend.open(stack, prefix))
+
+
+def assert_releases(link: Link, lock: Acquired) -> None:
+    result = release_job_lock(link.store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag)
+    assert result == ReleaseResult(released=True)
+
+
+def test_a_create_that_took_effect_is_won(link: Link) -> None:
+    """Though its reply was lost and the request that was sent again was refused."""
+    link.proxy.swallow(is_write)
+    lock = acquired(acquire_job_lock(link.store, UID, VAULT))
+    assert link.owner() == lock.job_id
+    assert link.proxy.requests[-1].method == "GET"  # it was settled by reading
+    assert_releases(link, lock)
+
+
+def test_a_create_that_the_server_never_saw_is_sent_again(link: Link) -> None:
+    """The request was lost, not the reply."""
+    link.proxy.drop(is_write)
+    lock = acquired(acquire_job_lock(link.store, UID, VAULT))
+    assert link.owner() == lock.job_id
+    assert_releases(link, lock)
+
+
+def test_a_takeover_that_took_effect_keeps_its_receipt(link: Link) -> None:
+    """`took_over` is the crashed job's record, not the new one's own."""
+    crashed = link.taken(ttl_ms=1)
+    link.proxy.swallow(is_takeover)
+    lock = acquired(acquire_job_lock(link.store, UID, VAULT))
+    assert (lock.took_over, link.owner()) == (crashed.record, lock.job_id)
+    assert_releases(link, lock)
+
+
+def test_a_renewal_that_took_effect_is_a_renewal(link: Link) -> None:
+    """And gives the etag of what it wrote."""
+    lock = acquired(acquire_job_lock(link.store, UID, VAULT, ttl_ms=1e6))
+    link.proxy.swallow(is_write)
+    renewed = renew_job_lock(
+        link.store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag, record=lock.record
+    )
+    assert isinstance(renewed, Renewed)
+    assert peek_job_lock(link.direct, UID, VAULT) == renewed.record
+    assert link.direct.delete_if_match("index-jobs/user-1/Business.json", renewed.etag or "")
+
+
+def test_a_delete_that_took_effect_is_a_release(link: Link) -> None:
+    """A key that is gone after a lost reply was deleted."""
+    lock = acquired(acquire_job_lock(link.store, UID, VAULT))
+    link.proxy.swallow(link.is_removal)
+    assert_releases(link, lock)
+    assert link.owner() is None
+
+
+def test_an_unconditional_release_whose_reply_is_lost(link: Link) -> None:
+    """The operator's way out removes it too."""
+    link.taken()
+    link.proxy.swallow("DELETE")
+    assert release_job_lock(link.store, UID, VAULT) == ReleaseResult(released=True)
+    assert link.owner() is None
+
+
+def test_a_read_whose_reply_is_lost_is_asked_again(link: Link) -> None:
+    """A refused acquire still shows the record of the job that runs."""
+    other = link.taken()
+    link.proxy.swallow(is_read)
+    assert held(acquire_job_lock(link.store, UID, VAULT)).existing == other.record
+
+
+def test_a_lost_refusal_is_still_a_refusal(link: Link) -> None:
+    """The lock was another's before, and its record is what is shown."""
+    other = link.taken()
+    link.proxy.swallow(is_write)
+    assert held(acquire_job_lock(link.store, UID, VAULT)).existing == other.record
+    assert link.owner() == other.job_id
+
+
+def test_another_wins_while_the_request_is_lost(link: Link) -> None:
+    """The request never arrived, and when it is sent again the lock is another's."""
+    others: list[Acquired] = []
+    link.proxy.before(lambda: others.append(link.taken()), is_write)
+    link.proxy.drop(is_write)
+    result = acquire_job_lock(link.store, UID, VAULT)
+    assert held(result).existing == others[0].record
+
+
+def test_another_takes_the_lock_after_a_delete_whose_reply_is_lost(link: Link) -> None:
+    """Its record stays, and the release does not claim to have removed it."""
+    lock = acquired(acquire_job_lock(link.store, UID, VAULT))
+    others: list[Acquired] = []
+    link.proxy.swallow(link.is_removal)
+    link.proxy.before(lambda: others.append(link.taken()), link.is_removal)
+    result = release_job_lock(link.store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag)
+    assert result == ReleaseResult(released=False, reason="lock_owned_by_other_job")
+    assert link.owner() == others[0].job_id
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_an_error_of_the_server_is_asked_again(link: Link, status: int) -> None:
+    """Throttled or failing once: no error, and not won before it is."""
+    link.proxy.answer(status, error(status), XML, when=is_write)
+    lock = acquired(acquire_job_lock(link.store, UID, VAULT))
+    assert link.owner() == lock.job_id
+    assert_releases(link, lock)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("committed", [False, True], ids=["refused", "committed"])
+def test_an_error_that_lasts_reaches_the_caller(link: Link, status: int, committed: bool) -> None:
+    """Neither won nor held; and it is not asked for ever."""
+    link.skip_the_sdks_own_patience()
+    if committed:
+        link.proxy.swallow(is_write)
+    link.proxy.answer(status, error(status), XML, when=is_write, times=1000)
+    with pytest.raises(Exception, match=str(status)) as raised:
+        acquire_job_lock(link.store, UID, VAULT)
+    assert not isinstance(raised.value, AssertionError)
+    assert len(link.proxy.requests) <= 10
+
+
+def test_a_refusal_of_another_kind_reaches_the_caller(link: Link) -> None:
+    """Forbidden is not held, and is not asked twice."""
+    link.proxy.answer(403, error(403), XML, when=is_write)
+    with pytest.raises(Exception, match="403|Forbidden"):
+        acquire_job_lock(link.store, UID, VAULT)
+    assert len([request for request in link.proxy.requests if is_write(request)]) == 1
+    assert link.owner() is None
+
+
+def test_nobody_answers(link: Link) -> None:
+    """Every connection is closed: the SDK's error, or the system's, and nothing is taken."""
+    link.skip_the_sdks_own_patience()
+    link.proxy.drop(times=1000)
+    with pytest.raises(Exception, match=r".") as raised:
+        acquire_job_lock(link.store, UID, VAULT)
+    assert not isinstance(raised.value, AssertionError)
+    assert link.owner() is None
+
+
+@pytest.mark.parametrize("name", ["s3", "s3-tombstone"])
+def test_s3_conditional_request_conflict_is_contention(name: str, backends: Backends) -> None:
+    """409 means that another write is under way: look again, and say what is there then."""
+    backend, prefix = backends[name], backends.new_prefix()
+    with lossy(backend.url) as proxy, ExitStack() as stack:
+        store = backend.open(stack, prefix, proxy.url)
+        proxy.answer(409, CONFLICT, XML, when="PUT")
+        lock = acquired(acquire_job_lock(store, UID, VAULT))
+        assert [request.status for request in proxy.requests] == [409, 404, 200]
+
+        proxy.answer(409, CONFLICT, XML, when="PUT")
+        assert held(acquire_job_lock(store, UID, VAULT)).existing == lock.record
+
+        proxy.answer(409, CONFLICT, XML, when=lambda request: request.method in ("PUT", "DELETE"))
+        assert release_job_lock(
+            store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag
+        ).released
+
+
+def test_time_outs(backends: Backends) -> None:
+    """A write that the server commits and never answers is given up, sent again, and won."""
+
+    def take(name: str) -> str | None:
+        backend, prefix = backends[name], backends.new_prefix()
+        with lossy(backend.url, rewrite=True) as proxy, ExitStack() as stack:
+            proxy.hang(is_write)
+            store = backend.open(stack, prefix, proxy.url)
+            lock = acquired(acquire_job_lock(store, UID, VAULT))
+            record = peek_job_lock(backend.open(stack, prefix), UID, VAULT)
+            assert record == lock.record
+            return lock.etag
+
+    names = ["s3", "azure", "gcs", "netlify-api", "netlify-edge"]
+    for name in names:
+        assert backends[name].url
+    with ThreadPoolExecutor(len(names)) as threads:
+        assert all(threads.map(take, names))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_requests(name: str, backends: Backends) -> None:
+    """One for a free lock, two for a refusal, one to renew and one to release by the etag.
+
+    A tombstone makes the next acquire a takeover. Netlify's API, but not its edge, gives out a URL
+    first, and its local server gives no ETag with a value, which is read again after the listing.
+    """
+    backend, prefix = backends[name], backends.new_prefix()
+    with lossy(backend.url, rewrite=True) as proxy, ExitStack() as stack:
+        store = backend.open(stack, prefix, proxy.url)
+        counts: list[int] = []
+
+        def count() -> None:
+            counts.append(len(proxy.requests) - sum(counts))
+
+        lock = acquired(acquire_job_lock(store, UID, VAULT))
+        count()
+        held(acquire_job_lock(store, UID, VAULT))
+        count()
+        renewed = renew_job_lock(
+            store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag, record=lock.record
+        )
+        assert isinstance(renewed, Renewed)
+        count()
+        assert release_job_lock(
+            store, UID, VAULT, expected_job_id=lock.job_id, etag=renewed.etag
+        ).released
+        count()
+        assert acquire_job_lock(store, UID, VAULT)
+        count()
+    assert counts == {
+        "s3-tombstone": [1, 2, 1, 1, 3],
+        "netlify-api": [2, 2 + 2 + 1 + 2, 2, 2, 2 + 2 + 1 + 2 + 2],
+        "netlify-edge": [1, 1 + 1 + 1 + 1, 1, 1, 1 + 1 + 1 + 1 + 1],
+    }.get(name, [1, 2, 1, 1, 1])
