@@ -18,7 +18,7 @@ import pytest
 
 from joblock import Blob, MemoryBlobStore
 from joblock.aio import ThreadedBlobStore
-from joblock.conformance import CONTENDERS, Finding, check_store
+from joblock.conformance import CONTENDERS, ROUNDS, Finding, check_store
 from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import AsyncConditionalView, AsyncView, PlainStore, RecordingStore
 
@@ -119,6 +119,11 @@ class CreatesThoughItRefuses(MemoryBlobStore):
         return etag
 
 
+class OnlySaysThatItCreated(MemoryBlobStore):
+    def set_if_new(self, key: str, value: str) -> str | None:
+        return super().set_if_new(key, value) or self._blobs[key][1]
+
+
 class RefusesWithAnEmptyEtag(MemoryBlobStore):
     def set_if_new(self, key: str, value: str) -> str | None:
         return super().set_if_new(key, value) or ""
@@ -146,6 +151,11 @@ class WritesThoughItRefuses(MemoryBlobStore):
         if written is None:
             self.set(key, value)
         return written
+
+
+class OnlySaysThatItMatched(MemoryBlobStore):
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return super().set_if_match(key, value, etag) or etag
 
 
 class MatchesWhatIsMissing(MemoryBlobStore):
@@ -378,11 +388,13 @@ BREAKAGES: list[tuple[Broken, set[str]]] = [
     (AlwaysCreates, {"create-only", "one-create"}),
     (NeverCreates, CREATING),
     (CreatesThoughItRefuses, {"create-only", "one-create"}),
+    (OnlySaysThatItCreated, {"create-only", "one-create"}),
     (RefusesWithAnEmptyEtag, {"create-only", "one-create"}),
     (CreatesWithTrue, CREATING),
     (IgnoresIfMatch, {"stale-etag", "missing-key", "one-update", "update-or-delete"}),
     (NeverMatches, {"if-match", "one-update"}),
     (WritesThoughItRefuses, {"stale-etag", "missing-key", "one-update"}),
+    (OnlySaysThatItMatched, {"stale-etag", "missing-key", "one-update", "update-or-delete"}),
     (MatchesWhatIsMissing, {"missing-key"}),
     (IgnoresIfMatchOnDelete, {"missing-key", "stale-delete"}),
     (NeverDeletes, {"conditional-delete"}),
@@ -412,7 +424,7 @@ BREAKAGES: list[tuple[Broken, set[str]]] = [
     (RacyUpdate, {"one-update"}),
     (RacyDelete, {"update-or-delete"}),
 ]
-CERTAIN = (IgnoresIfMatch, DeletesWithNone, RacyDelete, NeverCreates, CreatesWithTrue)
+CERTAIN = [broken for broken, names in BREAKAGES if SOMETIMES in names]
 
 
 @pytest.mark.parametrize(
@@ -446,6 +458,12 @@ def test_every_check_fails_for_some_store() -> None:
         (CreatesWithTrue, "create-only", "set_if_new gave a value of type bool, not an etag"),
         (RefusesWithAnEmptyEtag, "create-only", "set_if_new gave an empty etag"),
         (DeletesWithNone, "conditional-delete", "a value of type NoneType, not a bool"),
+        (NeverDeletes, "conditional-delete", "refused the current etag: no lock can be released"),
+        (DeletesForEver, "conditional-delete", "the key cannot be written again"),
+        (NothingWithEtag, "etag-changes", "get_with_etag gave None for a key that is there"),
+        (NoBlobWhenRead, "stale-etag", "a value of type tuple, not a Blob or None"),
+        (ParsesWhatItReads, "read-your-writes", "a value of type dict, not text, bytes or None"),
+        (NotUtf8, "read-your-writes", "after set, get gave"),
         (NeverReallyDeletes, "clean-up", "get still gives a value after delete; to be deleted by"),
     ],
 )
@@ -464,6 +482,36 @@ def test_a_write_that_nobody_was_told_of_is_found_in_a_race() -> None:
 
     said = failing(check_store(Silent()))["one-update"]
     assert said.startswith("after calls that were all refused, get gave")
+
+
+def test_a_delete_that_wins_a_race_must_delete() -> None:
+    """Else a lock that is reported as released stays."""
+
+    class NotInThreads(MemoryBlobStore):
+        def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+            main = threading.current_thread() is threading.main_thread()
+            return super().set_if_match(key, value, etag) if main else None
+
+        def delete_if_match(self, key: str, etag: str) -> bool:
+            main = threading.current_thread() is threading.main_thread()
+            return super().delete_if_match(key, etag) if main else True
+
+    said = failing(check_store(NotInThreads()))["update-or-delete"]
+    assert said.startswith("after a race that delete_if_match won, get gave")
+
+
+def test_the_calls_of_a_race_start_together() -> None:
+    """Each in a thread of its own, even if a call is quicker than it takes to start a thread."""
+    races: dict[str, set[threading.Thread]] = {}
+
+    class Watched(MemoryBlobStore):
+        def set_if_new(self, key: str, value: str) -> str | None:
+            if threading.current_thread() is not threading.main_thread():
+                races.setdefault(key, set()).add(threading.current_thread())
+            return super().set_if_new(key, value)
+
+    check_store(Watched())
+    assert [len(threads) for threads in races.values()] == [CONTENDERS] * ROUNDS
 
 
 class OnlyPlain:
