@@ -16,7 +16,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -64,8 +64,9 @@ def check_store(store: BlobStore) -> list[Finding]:
     """
     require(store, ("get", "set", "delete"))
     if is_conditional(store):
-        probe = _ConditionalProbe(store)
-        return [_CONDITIONAL, *_findings(probe, {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS})]
+        with ThreadPoolExecutor(CONTENDERS) as threads:
+            probe = _ConditionalProbe(store, threads)
+            return [_CONDITIONAL, *_findings(probe, {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS})]
     return [_NOT_CONDITIONAL, *_findings(_Probe(store), _PLAIN_CHECKS)]
 
 
@@ -136,9 +137,10 @@ class _Probe:
 
 
 class _ConditionalProbe(_Probe):
-    def __init__(self, store: ConditionalBlobStore) -> None:
+    def __init__(self, store: ConditionalBlobStore, threads: ThreadPoolExecutor) -> None:
         super().__init__(store)
         self._conditional = store
+        self._threads = threads
 
     def get_with_etag(self, key: str) -> tuple[str, str] | None:
         return _text_and_etag(_blocking(self._conditional.get_with_etag(key)))
@@ -177,6 +179,18 @@ class _ConditionalProbe(_Probe):
     def expect_no_lock(self, key: str, after: str) -> None:
         """Raise unless the key is gone, or has the tombstone that some stores leave."""
         self.expect(key, "null" if self.get(key) == "null" else None, after)
+
+    def at_once(self, calls: Sequence[Callable[[], object]]) -> list[Future[object]]:
+        """Make the calls, each in a thread of its own, and wait for their answers."""
+        barrier = threading.Barrier(len(calls), timeout=60)
+
+        def wait_and_call(call: Callable[[], object]) -> object:
+            barrier.wait()
+            return call()
+
+        answers = [self._threads.submit(wait_and_call, call) for call in calls]
+        wait(answers)
+        return answers
 
 
 P = TypeVar("P", bound=_Probe)
@@ -452,7 +466,7 @@ def _race(
     probe: _ConditionalProbe, key: str, before: str | None, contenders: Sequence[_Contender]
 ) -> None:
     """Raise unless exactly one of the outcomes was confirmed, and it is what the key has."""
-    answers = _at_once([call for _, call in contenders])
+    answers = probe.at_once([call for _, call in contenders])
     won = {
         outcome
         for (outcome, _), answer in zip(contenders, answers, strict=True)
@@ -477,17 +491,6 @@ def _race(
         probe.expect_no_lock(key, "a race that delete_if_match won")
     else:
         probe.expect(key, outcome, "a race that its writer won")
-
-
-def _at_once(calls: Sequence[Callable[[], object]]) -> list[Future[object]]:
-    barrier = threading.Barrier(len(calls), timeout=60)
-
-    def wait_and_call(call: Callable[[], object]) -> object:
-        barrier.wait()
-        return call()
-
-    with ThreadPoolExecutor(len(calls)) as threads:
-        return [threads.submit(wait_and_call, call) for call in calls]
 
 
 _CONDITIONAL_CHECKS: Mapping[str, Callable[[_ConditionalProbe], str]] = {
