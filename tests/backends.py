@@ -15,6 +15,7 @@ from tests.gcs_server import gcs_server
 from tests.servers import azure_connection, azure_server, netlify_server, s3_server
 
 BUCKET = "jobs"
+NETLIFY_TOKEN = "a token"
 NAMES = ("s3", "s3-tombstone", "azure", "gcs", "netlify-api", "netlify-edge")
 BY_CONTENT = ("s3", "s3-tombstone")  # an S3 etag is that of the content, not of the version
 RETRIES = {  # of boto3's client, where they are not those of joblock.stores.s3.QUICK
@@ -143,6 +144,7 @@ def _netlify() -> Generator[tuple[str, Make]]:
     from joblock.stores.netlify import NetlifyBlobStore
 
     with netlify_server() as server:
+        assert server.token == NETLIFY_TOKEN
 
         def open_(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
             mode = {"edge_url": url} if name == "netlify-edge" else {"api_url": url}

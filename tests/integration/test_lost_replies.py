@@ -205,6 +205,14 @@ def test_a_refusal_of_another_kind_reaches_the_caller(link: Link) -> None:
     assert link.owner() is None
 
 
+def test_a_read_that_is_forbidden_reaches_the_caller(link: Link) -> None:
+    """It is not "no lock"."""
+    link.taken()
+    link.proxy.answer(403, error(403), XML, when=is_read)
+    with pytest.raises(Exception, match="403|Forbidden"):
+        peek_job_lock(link.store, UID, VAULT)
+
+
 def test_nobody_answers(link: Link) -> None:
     """Every connection is closed: the SDK's error, or the system's, and nothing is taken."""
     link.skip_the_sdks_own_patience()

@@ -120,7 +120,7 @@ class NetlifyBlobStore:
 
     def delete(self, key: str) -> None:
         """Remove the key, if it is there."""
-        _RETRY.ask(partial(self._request, "DELETE", key, (200, 204, 404)))
+        _RETRY.ask(partial(self._request, "DELETE", key, (404,)))
 
     def get_with_etag(self, key: str) -> Blob | None:
         """Return the value and its etag, or None if there is no such key."""
@@ -149,15 +149,16 @@ class NetlifyBlobStore:
         return self.set_if_match(key, TOMBSTONE, etag) is not None
 
     def _read(self, key: str) -> Answer | None:
-        answer, _ = _RETRY.ask(partial(self._request, "GET", key, (200, 404)))
+        answer, _ = _RETRY.ask(partial(self._request, "GET", key, (404,)))
         return None if answer is None or answer.status == 404 else answer
 
     def _write(self, key: str, value: str, condition: dict[str, str]) -> str | None:
         headers = {**condition, "cache-control": "max-age=0, stale-while-revalidate=60"}
+        refusals = (412,) if condition else ()
         read = partial(self.get_with_etag, key)
 
         def send() -> str | None:
-            answer = self._request("PUT", key, (200, 412), headers, value.encode())
+            answer = self._request("PUT", key, refusals, headers, value.encode())
             if answer.status == 412:
                 return None
             etag = answer.headers.get("etag")
@@ -171,7 +172,7 @@ class NetlifyBlobStore:
     def _listed_etag(self, key: str) -> str | None:
         name = quote(key, _SAFE)  # as it is in the URL: the local server alone has no ETag
         query = urlencode({"prefix": name})
-        listing = self._send("GET", f"{self._url}?{query}", (200,), self._bearer)
+        listing = self._send("GET", f"{self._url}?{query}", (), self._bearer)
         blobs = json.loads(listing.body)["blobs"]
         return next((blob["etag"] for blob in blobs if blob["key"] == name), None)
 
@@ -179,7 +180,7 @@ class NetlifyBlobStore:
         self,
         method: str,
         key: str,
-        expected: tuple[int, ...],
+        refusals: tuple[int, ...],
         headers: dict[str, str] | None = None,
         body: bytes | None = None,
     ) -> Answer:
@@ -187,20 +188,20 @@ class NetlifyBlobStore:
             raise ValueError(f"Netlify's keys have at most 600 bytes, unlike {key!r}")
         url = f"{self._url}/{quote(key, _SAFE)}"
         if self._has_edge or method == "DELETE":
-            return self._send(method, url, expected, self._bearer | (headers or {}), body)
-        signed = self._send(method, url, (200,), self._bearer | _SIGNED_URL)
-        return self._send(method, _signed_url(signed), expected, headers or {}, body)
+            return self._send(method, url, refusals, self._bearer | (headers or {}), body)
+        signed = self._send(method, url, (), self._bearer | _SIGNED_URL)
+        return self._send(method, _signed_url(signed), refusals, headers or {}, body)
 
     def _send(
         self,
         method: str,
         url: str,
-        expected: tuple[int, ...],
+        refusals: tuple[int, ...],
         headers: dict[str, str],
         body: bytes | None = None,
     ) -> Answer:
         answer = self._http.request(method, url, headers, body)
-        if answer.status not in expected:
+        if not 200 <= answer.status < 300 and answer.status not in refusals:
             problem = f"{method} in the Netlify Blobs store {self._name!r}"
             raise NetlifyBlobsError(answer.status, problem)
         return answer

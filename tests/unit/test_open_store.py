@@ -1,0 +1,154 @@
+"""`open_store`: a store from a URL, and a clear word about what cannot be opened."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from joblock import MemoryBlobStore
+from joblock.stores import open_store
+from joblock.stores.sqlite import SqliteBlobStore
+
+
+def test_memory() -> None:
+    """A new one each time."""
+    first, second = open_store("memory:"), open_store("memory:")
+    assert isinstance(first, MemoryBlobStore)
+    assert first is not second
+
+
+def test_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path, from the working directory or absolute."""
+    monkeypatch.chdir(tmp_path)
+    for url in ("sqlite:jobs.db", f"sqlite:{tmp_path}/jobs.db", f"sqlite://{tmp_path}/jobs.db"):
+        store = open_store(url)
+        assert isinstance(store, SqliteBlobStore)
+        with store:
+            assert repr(store) == f"SqliteBlobStore({str(tmp_path / 'jobs.db')!r})"
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs.db"]
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("", "there is no ''"),
+        ("jobs.db", "there is no 'jobs.db'"),
+        ("redis://user:secret@host", "there is no 'redis'"),
+        ("memory:x", "there is no 'memory'"),
+        ("sqlite:", "path must name a file"),
+    ],
+)
+def test_a_bad_url(url: str, problem: str) -> None:
+    """One line, with what there is, and without what may be a password."""
+    with pytest.raises(ValueError, match=problem) as raised:
+        open_store(url)
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("s3:", "s3://BUCKET/PREFIX"),
+        ("s3:bucket", "s3://BUCKET/PREFIX"),
+        ("s3://", "s3://BUCKET/PREFIX"),
+        ("s3:///prefix", "s3://BUCKET/PREFIX"),
+        ("s3://user:secret@bucket", "s3://BUCKET/PREFIX"),
+        ("s3://bucket?region=x", "conditional_delete=false"),
+    ],
+)
+def test_a_bad_place(url: str, problem: str) -> None:
+    """The same for a bucket."""
+    pytest.importorskip("boto3")
+    with pytest.raises(ValueError, match=problem) as raised:
+        open_store(url)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("s3://bucket", "S3BlobStore('bucket', prefix='')"),
+        ("s3://bucket/", "S3BlobStore('bucket', prefix='')"),
+        ("s3://bucket/a/b", "S3BlobStore('bucket', prefix='a/b/')"),
+        ("s3://bucket/a/?conditional_delete=false", "S3BlobStore('bucket', prefix='a/')"),
+    ],
+)
+def test_s3(url: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials and region are those of boto3's own search."""
+    pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    store: Any = open_store(url)
+    assert repr(store) == expected
+    assert store._conditional_delete is ("conditional_delete=false" not in url)
+    assert store._client.meta.region_name == "eu-central-1"
+    assert store._client.meta.config.read_timeout == 10
+    store._client.close()
+
+
+def test_azure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection string, or an account's name and azure-identity; else it says what to set."""
+    pytest.importorskip("azure.storage.blob")
+    pytest.importorskip("azure.identity")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+    with pytest.raises(ValueError, match="AZURE_STORAGE_ACCOUNT"):
+        open_store("azure://jobs")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "acme")
+    store: Any = open_store("azure://jobs/locks")
+    assert repr(store) == "AzureBlobStore('jobs', prefix='locks/')"
+    assert store._container.url == "https://acme.blob.core.windows.net/jobs"
+    store._container.close()
+    monkeypatch.setenv(
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AccountName=other;AccountKey=eA==;BlobEndpoint=http://127.0.0.1:1/other;",
+    )
+    store = open_store("azure://jobs")
+    assert store._container.url == "http://127.0.0.1:1/other/jobs"
+    store._container.close()
+
+
+def test_gcs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK's own environment, such as an emulator's."""
+    pytest.importorskip("google.cloud.storage")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "any")
+    store: Any = open_store("gs://bucket/locks")
+    assert repr(store) == "GcsBlobStore('bucket', prefix='locks/')"
+    store._bucket.client.close()
+
+
+def test_netlify(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Netlify's own variables, of its functions first, then of its command line."""
+    for name in ("NETLIFY_BLOBS_CONTEXT", "NETLIFY_SITE_ID", "NETLIFY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="site_id and token"):
+        open_store("netlify:jobs")
+    monkeypatch.setenv("NETLIFY_SITE_ID", "s")
+    monkeypatch.setenv("NETLIFY_AUTH_TOKEN", "t")
+    assert repr(open_store("netlify:jobs")) == "NetlifyBlobStore('jobs')"
+    with pytest.raises(ValueError, match="1 to 64 bytes"):
+        open_store("netlify:")
+
+
+@pytest.mark.parametrize(
+    ("url", "command"),
+    [
+        ("s3://bucket", "python -m pip install boto3"),
+        ("azure://jobs", "python -m pip install azure-storage-blob azure-identity"),
+        ("gs://bucket", "python -m pip install google-cloud-storage"),
+    ],
+)
+def test_a_missing_sdk(url: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has the command that installs it."""
+    for module in ("joblock.stores.s3", "joblock.stores.azure", "joblock.stores.gcs"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    for sdk in ("boto3", "botocore", "azure", "google", "requests"):
+        for module in [name for name in sys.modules if name.partition(".")[0] == sdk]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, sdk, None)  # as if it were not installed
+    with pytest.raises(ImportError, match=f": {command}$"):
+        open_store(url)
