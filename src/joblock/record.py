@@ -12,6 +12,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import NoReturn, TypeAlias
 
 from .errors import InvalidIdError
@@ -170,7 +171,6 @@ def _too_deep(text: str) -> bool:
     return False
 
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode
 SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
 
 
@@ -182,13 +182,20 @@ def _well_formed(surrogates: re.Match[str]) -> str:
 
 
 def _stringify(value: JsonValue) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return encode_basestring(value)
     if isinstance(value, float):
         return _stringify_float(value)
     if isinstance(value, dict):
-        return "{" + ",".join(f"{_encode(k)}:{_stringify(v)}" for k, v in value.items()) + "}"
+        members = [f"{encode_basestring(name)}:{_stringify(it)}" for name, it in value.items()]
+        return "{" + ",".join(members) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(_stringify, value)) + "]"
-    return _encode(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return int.__repr__(value)
 
 
 def _stringify_float(value: float) -> str:
