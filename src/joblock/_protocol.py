@@ -229,7 +229,7 @@ def _job_id(uuid_factory: Callable[[], uuid.UUID | str]) -> str:
     made = uuid_factory()
     job_id = str(made) if isinstance(made, uuid.UUID) else made
     _check_job_id("uuid_factory's job id", job_id)
-    if SURROGATES.search(job_id):
+    if not job_id.isascii() and SURROGATES.search(job_id):
         raise InvalidIdError("uuid_factory's job id", f"must not have surrogates, as {made!r}")
     return job_id
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from . import _protocol
 from ._protocol import JOB_LOCK_TTL_MS
@@ -24,6 +24,7 @@ from .store import (
     require,
 )
 
+S = TypeVar("S", bound=BlobStore)
 T = TypeVar("T")
 
 
@@ -190,8 +191,8 @@ def _blocking(result: T) -> T:
     return result
 
 
-class _PlainView:
-    def __init__(self, store: BlobStore) -> None:
+class _PlainView(Generic[S]):
+    def __init__(self, store: S) -> None:
         self._store = store
 
     async def get(self, key: str) -> str | bytes | None:
@@ -204,19 +205,15 @@ class _PlainView:
         _blocking(self._store.delete(key))
 
 
-class _ConditionalView(_PlainView):
-    def __init__(self, store: ConditionalBlobStore) -> None:
-        super().__init__(store)
-        self._conditional = store
-
+class _ConditionalView(_PlainView[ConditionalBlobStore]):
     async def get_with_etag(self, key: str) -> Blob | None:
-        return _blocking(self._conditional.get_with_etag(key))
+        return _blocking(self._store.get_with_etag(key))
 
     async def set_if_new(self, key: str, value: str) -> str | None:
-        return _blocking(self._conditional.set_if_new(key, value))
+        return _blocking(self._store.set_if_new(key, value))
 
     async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
-        return _blocking(self._conditional.set_if_match(key, value, etag))
+        return _blocking(self._store.set_if_match(key, value, etag))
 
     async def delete_if_match(self, key: str, etag: str) -> bool:
-        return _blocking(self._conditional.delete_if_match(key, etag))
+        return _blocking(self._store.delete_if_match(key, etag))

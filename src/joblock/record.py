@@ -111,7 +111,7 @@ def as_text(value: object) -> str | None:
 
 def as_number(value: object) -> float | None:
     """`value` if JavaScript's `Number.isFinite` takes it, else None: a bool is not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         return value if math.isfinite(value) else None
@@ -147,7 +147,7 @@ _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[][{}]', re.DOTALL)
 
 def _parse(text: object) -> JsonValue:
     try:
-        if isinstance(text, bytes | bytearray):
+        if isinstance(text, (bytes, bytearray)):
             text = text.decode()
         if not isinstance(text, str) or _too_deep(text):
             return None
