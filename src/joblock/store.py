@@ -109,26 +109,27 @@ def is_conditional(store: BlobStore) -> TypeGuard[ConditionalBlobStore]: ...
 @overload
 def is_conditional(store: AsyncBlobStore) -> TypeGuard[AsyncConditionalBlobStore]: ...
 def is_conditional(store: object) -> bool:
-    """Whether the store has the conditional methods.
-
-    Some of them but not all is a mistake, which must not silently cost the guarantee: TypeError.
-    """
-    missing = _missing(store, CONDITIONAL)
-    if missing and len(missing) < len(CONDITIONAL):
-        raise WrongStoreError(
-            f"{type(store).__name__} has some conditional methods but lacks {', '.join(missing)}"
-        )
-    return not missing
+    """Whether the store, which `require` has found in order, has the conditional methods."""
+    return callable(getattr(store, "set_if_new", None))
 
 
 def require(store: object, methods: tuple[str, ...]) -> None:
-    """Raise TypeError unless the store has these methods."""
-    missing = _missing(store, methods)
-    if missing:
+    """Raise TypeError unless the store has these methods, and all the conditional ones or none.
+
+    Some of them but not all is a mistake, which must not silently cost the guarantee.
+    """
+    missing = _missing(store, methods + CONDITIONAL)
+    if not missing or missing == [*CONDITIONAL]:
+        return
+    lacking = [name for name in missing if name in methods]
+    if lacking:
         raise WrongStoreError(
             f"a store with {' and '.join(methods)} is required: "
-            f"{type(store).__name__} lacks {', '.join(missing)}"
+            f"{type(store).__name__} lacks {', '.join(lacking)}"
         )
+    raise WrongStoreError(
+        f"{type(store).__name__} has some conditional methods but lacks {', '.join(missing)}"
+    )
 
 
 def _missing(store: object, methods: tuple[str, ...]) -> list[str]:
