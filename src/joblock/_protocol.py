@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 
 from .errors import InvalidIdError, StoreContentionError
 from .record import SURROGATES, JobLockRecord, as_number, as_text, job_lock_key
@@ -160,7 +159,7 @@ async def renew(
         raise InvalidIdError("record", f"is job {record.job_id!r}'s, not {expected_job_id!r}'s")
 
     def renewed(owned: JobLockRecord) -> JobLockRecord:
-        return replace(owned, expires_at=_deadline(_now(clock), ttl_ms))
+        return owned.__replace__(expires_at=_deadline(_now(clock), ttl_ms))
 
     if not is_conditional(store):
         # The original has no renewal to be true to: here a failed read is not a lost lock.

@@ -11,10 +11,10 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from typing import NoReturn, TypeAlias
 
+from ._value import Value, assign
 from .errors import InvalidIdError
 
 JsonValue: TypeAlias = "dict[str, JsonValue] | list[JsonValue] | str | int | float | bool | None"
@@ -41,24 +41,63 @@ def job_lock_key(canister_uid: str, vault_id: str) -> str:
     return "".join(("index-jobs/", canister_uid, "/", vault_id, ".json"))
 
 
-@dataclass(frozen=True, slots=True)
-class JobLockRecord:
+class JobLockRecord(Value):
     """One lock as it is stored. A field that is missing or of the wrong type reads as None.
 
     `started_at` and `expires_at` are epoch milliseconds. `extra` has the fields that this version
     does not know, by their names on the wire; they are written back when the lock is renewed.
     """
 
+    __slots__ = __match_args__ = (
+        "job_id",
+        "canister_uid",
+        "vault_id",
+        "actor_uid",
+        "chunks_to_embed",
+        "estimated_seconds",
+        "reason",
+        "started_at",
+        "expires_at",
+        "extra",
+    )
+
     job_id: str | None
     canister_uid: str | None
     vault_id: str | None
-    actor_uid: str | None = None
-    chunks_to_embed: float | None = None
-    estimated_seconds: float | None = None
-    reason: str | None = None
-    started_at: float | None = None
-    expires_at: float | None = None
-    extra: dict[str, JsonValue] = field(default_factory=dict[str, JsonValue], hash=False)
+    actor_uid: str | None
+    chunks_to_embed: float | None
+    estimated_seconds: float | None
+    reason: str | None
+    started_at: float | None
+    expires_at: float | None
+    extra: dict[str, JsonValue]
+
+    def __init__(
+        self,
+        job_id: str | None,
+        canister_uid: str | None,
+        vault_id: str | None,
+        actor_uid: str | None = None,
+        chunks_to_embed: float | None = None,
+        estimated_seconds: float | None = None,
+        reason: str | None = None,
+        started_at: float | None = None,
+        expires_at: float | None = None,
+        extra: dict[str, JsonValue] | None = None,
+    ) -> None:
+        assign(self, "job_id", job_id)
+        assign(self, "canister_uid", canister_uid)
+        assign(self, "vault_id", vault_id)
+        assign(self, "actor_uid", actor_uid)
+        assign(self, "chunks_to_embed", chunks_to_embed)
+        assign(self, "estimated_seconds", estimated_seconds)
+        assign(self, "reason", reason)
+        assign(self, "started_at", started_at)
+        assign(self, "expires_at", expires_at)
+        assign(self, "extra", {} if extra is None else extra)
+
+    def __hash__(self) -> int:
+        return hash(self._values()[:-1])  # `extra` is a dict
 
     def is_live(self, now_ms: float) -> bool:
         """Whether the lease runs at `now_ms`. At `expires_at` itself it has expired."""

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
+from ._value import Value, assign
 from .record import JobLockRecord, epoch_ms
 
 NotOwned: TypeAlias = Literal["lock_owned_by_other_job", "lock_already_gone"]
 
 
-@dataclass(frozen=True, slots=True)
-class Acquired:
+class Acquired(Value):
     """The lock is this caller's until `record.expires_at`, for the job `job_id`.
 
     `etag` is the version that was written; give it to release or renew to save a request. It is
@@ -25,22 +24,40 @@ class Acquired:
     receipt), else None.
     """
 
+    __slots__ = __match_args__ = ("job_id", "record", "etag", "took_over")
+
     acquired: ClassVar[Literal[True]] = True
     job_id: str
     record: JobLockRecord
     etag: str | None
     took_over: JobLockRecord | None
 
+    def __init__(
+        self,
+        job_id: str,
+        record: JobLockRecord,
+        etag: str | None,
+        took_over: JobLockRecord | None,
+    ) -> None:
+        assign(self, "job_id", job_id)
+        assign(self, "record", record)
+        assign(self, "etag", etag)
+        assign(self, "took_over", took_over)
+
     def __bool__(self) -> Literal[True]:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(Value):
     """Another job has the lock; `existing` is its record as it was read."""
+
+    __slots__ = __match_args__ = ("existing",)
 
     acquired: ClassVar[Literal[False]] = False
     existing: JobLockRecord
+
+    def __init__(self, existing: JobLockRecord) -> None:
+        assign(self, "existing", existing)
 
     def retry_after_s(
         self, clock: Callable[[], float] = epoch_ms, *, clock_skew_ms: float = 0
@@ -56,36 +73,51 @@ class Held:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseResult:
+class ReleaseResult(Value):
     """Whether this call removed the lock and, where it did not, what it found instead."""
 
+    __slots__ = __match_args__ = ("released", "reason")
+
     released: bool
-    reason: NotOwned | None = None
+    reason: NotOwned | None
+
+    def __init__(self, released: bool, reason: NotOwned | None = None) -> None:
+        assign(self, "released", released)
+        assign(self, "reason", reason)
 
     def __bool__(self) -> bool:
         return self.released
 
 
-@dataclass(frozen=True, slots=True)
-class Renewed:
+class Renewed(Value):
     """The lock is still this caller's, now until `record.expires_at`; `etag` as in `Acquired`."""
+
+    __slots__ = __match_args__ = ("record", "etag")
 
     renewed: ClassVar[Literal[True]] = True
     record: JobLockRecord
     etag: str | None
 
+    def __init__(self, record: JobLockRecord, etag: str | None) -> None:
+        assign(self, "record", record)
+        assign(self, "etag", etag)
+
     def __bool__(self) -> Literal[True]:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(Value):
     """The lock is not this caller's any more; `current` is the record found there, if any."""
+
+    __slots__ = __match_args__ = ("reason", "current")
 
     renewed: ClassVar[Literal[False]] = False
     reason: NotOwned
     current: JobLockRecord | None
+
+    def __init__(self, reason: NotOwned, current: JobLockRecord | None) -> None:
+        assign(self, "reason", reason)
+        assign(self, "current", current)
 
     def __bool__(self) -> Literal[False]:
         return False

@@ -10,16 +10,22 @@ cannot say whether its write took effect must raise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, TypeGuard, overload
 
+from ._value import Value, assign
 
-@dataclass(frozen=True, slots=True)
-class Blob:
+
+class Blob(Value):
     """A value and the etag of exactly this version of it."""
+
+    __slots__ = __match_args__ = ("value", "etag")
 
     value: str | bytes
     etag: str
+
+    def __init__(self, value: str | bytes, etag: str) -> None:
+        assign(self, "value", value)
+        assign(self, "etag", etag)
 
 
 class BlobStore(Protocol):

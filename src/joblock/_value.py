@@ -1,0 +1,62 @@
+"""Frozen, slotted values, compared by their fields: what a frozen dataclass is.
+
+They are no dataclasses because importing `dataclasses` and running it would be half of the time
+that `import joblock` takes. Its `replace`, `fields` and `asdict` take these values too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NoReturn, Self, dataclass_transform
+
+assign = object.__setattr__  # for `__init__` only: a value refuses everybody else
+
+
+class _DataclassFields:
+    """The attribute by which `dataclasses` knows its own, made when it first asks."""
+
+    def __get__(self, instance: object, owner: type[Any]) -> dict[str, Any]:
+        import dataclasses
+
+        like = dataclasses.make_dataclass(owner.__name__, owner.__match_args__)
+        fields = {field.name: field for field in dataclasses.fields(like)}
+        owner.__dataclass_fields__ = fields
+        return fields
+
+
+@dataclass_transform(frozen_default=True)
+class Value:
+    """The base of a class that names its fields in `__match_args__`, in the order of `__init__`."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[Any] = _DataclassFields()
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cannot delete field {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Value) or type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in _fields(self).items())
+        return f"{type(self).__qualname__}({fields})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._values()
+
+    def __replace__(self, **changes: Any) -> Self:
+        return type(self)(**_fields(self) | changes)
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(_fields(self).values())
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__match_args__}
