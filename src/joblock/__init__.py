@@ -11,6 +11,7 @@ from .errors import (
     JobLockLostError,
     StoreContentionError,
 )
+from .hold import HeldJobLock, hold_job_lock
 from .locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
 from .record import JobLockRecord, job_lock_key
 from .results import Acquired, Held, Lost, ReleaseResult, Renewed
@@ -28,6 +29,7 @@ __all__ = [
     "BlobStore",
     "ConditionalBlobStore",
     "Held",
+    "HeldJobLock",
     "InvalidIdError",
     "JobLockError",
     "JobLockHeldError",
@@ -39,6 +41,7 @@ __all__ = [
     "Renewed",
     "StoreContentionError",
     "acquire_job_lock",
+    "hold_job_lock",
     "job_lock_key",
     "peek_job_lock",
     "release_job_lock",

@@ -32,6 +32,7 @@ ROUNDS = 16
 
 ACQUIRE_NEEDS = RENEW_NEEDS = ("get", "set")
 PEEK_NEEDS = ("get",)
+HOLD_NEEDS = ("get", "set", "delete")
 
 
 def release_needs(expected_job_id: str | None) -> tuple[str, ...]:
@@ -219,9 +220,14 @@ def _now(clock: Callable[[], float]) -> float:
     return now_ms
 
 
-def _deadline(now_ms: float, ttl_ms: float) -> float | None:
+def lease_ms(ttl_ms: float) -> float:
+    """For how long a lease with this `ttl_ms` runs: lenient, as the original."""
     ttl = as_number(ttl_ms)
-    return as_number(now_ms + (ttl if ttl is not None and ttl > 0 else JOB_LOCK_TTL_MS))
+    return ttl if ttl is not None and ttl > 0 else JOB_LOCK_TTL_MS
+
+
+def _deadline(now_ms: float, ttl_ms: float) -> float | None:
+    return as_number(now_ms + lease_ms(ttl_ms))
 
 
 def _job_id(uuid_factory: Callable[[], uuid.UUID | str]) -> str:

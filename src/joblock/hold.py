@@ -1,0 +1,441 @@
+"""Keeping a lock alive while a job runs: renewed in the background, released on the way out.
+
+`Lease` has the rules: it is given times and results, and does no I/O. `Keeper` carries them out,
+for the thread of this module as for the task of `joblock.aio`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Coroutine
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from . import _protocol
+from ._protocol import JOB_LOCK_TTL_MS
+from .errors import JobLockHeldError, JobLockLostError
+from .locks import _run, _view
+from .record import JobLockRecord, as_number, epoch_ms, job_lock_key
+from .results import Acquired, Held, Lost, Renewed
+from .store import AsyncBlobStore, BlobStore
+
+# Seconds. Linux's usual monotonic clock stands still while the host sleeps, but a lease does not.
+_monotonic = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic
+)
+
+
+def monotonic_ms() -> float:
+    """Milliseconds of a clock that nobody sets."""
+    return _monotonic() * 1000
+
+
+class Lease:
+    """When to renew, how soon to retry, and whether the lock is lost.
+
+    Times are milliseconds of one monotonic clock. The rules:
+
+    - A deadline counts from before the write that set it, so it passes here no later than it does
+      for whoever reads the record.
+    - A renewal is due `renew_every_ms` after the last one that succeeded. One that fails is
+      retried several times within that interval, and before the deadline.
+    - The lock is lost when a renewal or the release finds that it is, and when the deadline
+      passes before the body has ended. What is lost stays lost.
+    """
+
+    def __init__(self, acquired: Acquired, *, begun: float, renew_every_ms: float) -> None:
+        self.job_id = acquired.job_id
+        self.took_over = acquired.took_over
+        self.record = acquired.record
+        self.etag = acquired.etag
+        self.ttl_ms = (self.record.expires_at or 0) - (self.record.started_at or 0)
+        self.failure: BaseException | None = None
+        self._renew_every_ms = renew_every_ms
+        self._retry_every_ms = min(renew_every_ms, self.ttl_ms - renew_every_ms) / 4
+        self._loss: tuple[str, JobLockRecord | None] | None = None
+        self._ended = False
+        self._granted(begun)
+
+    def _granted(self, begun: float) -> None:
+        self.deadline = begun + self.ttl_ms
+        self._due = begun + self._renew_every_ms
+
+    def wait_ms(self, now: float) -> float:
+        """How long there is nothing to do: until the next renewal, or the deadline."""
+        return max(0, min(self._due, self.deadline) - now)
+
+    def answered(self, result: Renewed | Lost, begun: float, now: float) -> None:
+        """Take in the answer to a renewal. One that comes after the deadline saves nothing."""
+        if isinstance(result, Lost):
+            self.lose(result.reason, result.current)
+        elif self.loss(now) is None:
+            self.record, self.etag, self.failure = result.record, result.etag, None
+            self._granted(begun)
+
+    def failed(self, error: BaseException, now: float) -> None:
+        """Take in a renewal that failed: nothing is known, so the old deadline stands."""
+        self.failure = error
+        self._due = now + self._retry_every_ms
+
+    def lose(self, reason: str, current: JobLockRecord | None) -> None:
+        """Take in that the lock is not this job's any more."""
+        self._loss = (reason, current)
+
+    def end(self, now: float) -> None:
+        """Take in that the body has ended: a deadline that passes later does not matter."""
+        self._ended = self.loss(now) is None
+
+    def loss(self, now: float) -> JobLockLostError | None:
+        """What tells of the loss, if the lock is lost, also when nobody has noticed it yet."""
+        if self._loss is None and not self._ended and now >= self.deadline:
+            self.lose("lease_expired", None)
+        if self._loss is None:
+            return None
+        error = JobLockLostError(self.job_id, *self._loss)
+        error.__cause__ = self.failure
+        return error
+
+
+class HeldJobLock:
+    """The lock that `hold_job_lock` keeps for the job that runs in its `with` block.
+
+    A forked child does not renew it: there `lost` becomes true when the lease that the child was
+    born with ends.
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self._keeper.lease.job_id
+
+    @property
+    def record(self) -> JobLockRecord:
+        """The record as it was last written by this job: each renewal moves `expires_at`."""
+        return self._keeper.lease.record
+
+    @property
+    def took_over(self) -> JobLockRecord | None:
+        """The expired record that was replaced (a crashed job's receipt), else None."""
+        return self._keeper.lease.took_over
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lock was lost while the job was running; it never becomes false again.
+
+        True from the lease's deadline on at the latest, also while a renewal hangs in the store.
+        Asks a clock, not the store: cheap enough for every step of a job.
+        """
+        return self._keeper.loss() is not None
+
+    def check(self) -> None:
+        """Raise `JobLockLostError` if the lock is lost."""
+        loss = self._keeper.loss()
+        if loss is not None:
+            raise loss
+
+
+class Keeper:
+    """Carries out a lease's rules on a store and logs what happens, for a thread or for a task.
+
+    Of a store's error only the type is logged: its text may have a signed URL or a token. The
+    error itself is the cause of the `JobLockLostError` that it leads to.
+    """
+
+    def __init__(
+        self,
+        store: AsyncBlobStore,
+        canister_uid: str,
+        vault_id: str,
+        lease: Lease,
+        *,
+        clock: Callable[[], float],
+        now: Callable[[], float] = monotonic_ms,
+    ) -> None:
+        import logging  # here, not above: `import joblock` shall stay quick
+
+        self.key = job_lock_key(canister_uid, vault_id)
+        self.lease = lease
+        self._store = store
+        self._ids = (canister_uid, vault_id)
+        self._clock = clock
+        self._now = now
+        self._log = logging.getLogger("joblock")
+        self._loss_unlogged = threading.Lock()
+        self._release_tried = False
+        self._process = os.getpid()
+        if lease.took_over is not None:
+            self._log.warning(
+                "job %r took over %r from job %r, whose lease expired",
+                lease.job_id,
+                self.key,
+                lease.took_over.job_id,
+            )
+
+    def loss(self) -> JobLockLostError | None:
+        """The lease's loss; logged once, by whoever notices it first."""
+        loss = self.lease.loss(self._now())
+        if loss is not None and self._loss_unlogged.acquire(blocking=False):
+            self._log.error("%s (%r)", loss, self.key)
+        return loss
+
+    async def keep(
+        self,
+        holder: weakref.ref[HeldJobLock],
+        wait: Callable[[float], Coroutine[Any, Any, bool]],
+    ) -> None:
+        """Renew until the body has ended or its lock was forgotten, then release.
+
+        `wait` waits for so many seconds or for the end of the body, and says whether that came.
+        """
+        while self.loss() is None:
+            ended = await wait(self.lease.wait_ms(self._now()) / 1000)
+            if ended or holder() is None:
+                return await self._release()
+            if self.loss() is None:
+                await self._renew()
+        return None
+
+    async def _renew(self) -> None:
+        begun = self._now()
+        try:
+            result = await _protocol.renew(
+                self._store,
+                *self._ids,
+                expected_job_id=self.lease.job_id,
+                ttl_ms=self.lease.ttl_ms,
+                clock=self._clock,
+                etag=self.lease.etag,
+                record=self.lease.record,
+            )
+        except Exception as error:
+            now = self._now()
+            self.lease.failed(error, now)
+            self._log.warning(
+                "job %r could not renew %r: %s; %d ms of its lease are left",
+                self.lease.job_id,
+                self.key,
+                _type_of(error),
+                self.lease.deadline - now,
+            )
+        else:
+            self.lease.answered(result, begun, self._now())
+
+    async def _release(self) -> None:
+        try:
+            released = await _protocol.release(
+                self._store, *self._ids, expected_job_id=self.lease.job_id, etag=self.lease.etag
+            )
+        except Exception as error:
+            self._release_tried = True
+            self._log_unreleased(_type_of(error))
+        else:
+            self._release_tried = True
+            if released.reason is not None:
+                self.lease.lose(released.reason, None)
+
+    def died(self, error: BaseException) -> None:
+        """Take in that the thread or task ended otherwise than by its own rules."""
+        self.lease.failure = error
+        self._log.error(
+            "job %r does not renew %r any more: %s", self.lease.job_id, self.key, _type_of(error)
+        )
+
+    def end(self) -> bool:
+        """The body has ended. False in a forked child: the lock is its parent's."""
+        if os.getpid() != self._process:
+            return False
+        self.lease.end(self._now())
+        return True
+
+    def left_s(self) -> float:
+        """For how many seconds leaving may wait for the store: as long as the lease runs."""
+        return max(0, self.lease.deadline - self._now()) / 1000
+
+    @property
+    def finished(self) -> bool:
+        """Whether the store needs not to be asked again."""
+        return self._release_tried or self.loss() is not None
+
+    def leave(self, error: BaseException | None) -> None:
+        """Tell of a loss, in an error or in a note to the `error` that the body raised."""
+        if not self.finished:
+            self._log_unreleased("no answer from the store")
+        loss = self.loss()
+        if loss is not None and error is None:
+            raise loss
+        if loss is not None and error is not None:
+            error.add_note(str(loss))
+
+    def _log_unreleased(self, why: str) -> None:
+        self._log.warning(
+            "job %r ended, but could not release %r: %s; the lease will expire",
+            self.lease.job_id,
+            self.key,
+            why,
+        )
+
+
+def _type_of(error: BaseException) -> str:
+    return f"{type(error).__module__}.{type(error).__qualname__}"
+
+
+async def begin(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    renew_every_ms: float | None,
+    actor_uid: str | None,
+    chunks_to_embed: float | None,
+    estimated_seconds: float | None,
+    reason: str | None,
+    ttl_ms: float,
+    clock_skew_ms: float,
+    clock: Callable[[], float],
+    uuid_factory: Callable[[], uuid.UUID | str],
+) -> HeldJobLock:
+    """Acquire the lock that is to be kept, or raise `JobLockHeldError`."""
+    lease_ms = _protocol.lease_ms(ttl_ms)
+    every_ms = lease_ms / 3 if renew_every_ms is None else as_number(renew_every_ms)
+    if every_ms is None or not 0 < every_ms < lease_ms:
+        raise ValueError(
+            f"renew_every_ms must be more than 0 and less than the TTL of {lease_ms} ms, "
+            f"not {renew_every_ms!r}"
+        )
+    begun = monotonic_ms()
+    acquired = await _protocol.acquire(
+        store,
+        canister_uid,
+        vault_id,
+        actor_uid=actor_uid,
+        chunks_to_embed=chunks_to_embed,
+        estimated_seconds=estimated_seconds,
+        reason=reason,
+        ttl_ms=ttl_ms,
+        clock_skew_ms=clock_skew_ms,
+        clock=clock,
+        uuid_factory=uuid_factory,
+    )
+    if isinstance(acquired, Held):
+        raise JobLockHeldError(acquired.existing)
+    lease = Lease(acquired, begun=begun, renew_every_ms=every_ms)
+    return HeldJobLock(Keeper(store, canister_uid, vault_id, lease, clock=clock))
+
+
+def hold_job_lock(
+    store: BlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    renew_every_ms: float | None = None,
+    actor_uid: str | None = None,
+    chunks_to_embed: float | None = None,
+    estimated_seconds: float | None = None,
+    reason: str | None = None,
+    ttl_ms: float = JOB_LOCK_TTL_MS,
+    clock_skew_ms: float = 0,
+    clock: Callable[[], float] = epoch_ms,
+    uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
+) -> _Hold:
+    """Hold the lock of `(canister_uid, vault_id)` for as long as the `with` block runs.
+
+    Entering acquires, with `acquire_job_lock`'s keywords, and gives a `HeldJobLock`. A daemon
+    thread renews the lock every `renew_every_ms`, so a job may run for hours with a TTL of a
+    minute, and if its process is killed the lock is free within that minute. The default is a
+    third of the TTL: an outage of the store that swallows two renewals is survived, for one that
+    failed is retried four times as often. Whatever the block raises, leaving releases the lock.
+
+    The lock is lost when another job has it, when its record is gone, or when no renewal
+    succeeded before the lease's deadline, which this process sees no later than any whose clock
+    agrees. `lost` and `check()` tell the block, which is not interrupted. Leaving it then raises
+    `JobLockLostError`, or adds a note to what the block itself raised, and releases nothing.
+
+    Leaving waits until the store has answered, at the longest until the lease's deadline. A
+    release that fails is only logged, since the job is done and its lease will expire. A block
+    that is left in a forked child releases nothing.
+
+    The logger "joblock" tells of a takeover, a failed renewal or a failed release (WARNING) and
+    of a loss (ERROR).
+
+    Raises:
+        JobLockHeldError: on entering; another job has the lock. Nothing was written.
+        JobLockLostError: on leaving; another job may have run at the same time.
+        InvalidIdError, TypeError, StoreContentionError: on entering, as `acquire_job_lock`.
+        ValueError: also if `renew_every_ms` is not more than 0 and less than the TTL. Nothing was
+            written.
+        Exception: what the store raised on entering, as `acquire_job_lock`.
+    """
+    return _Hold(
+        partial(
+            begin,
+            _view(store, _protocol.HOLD_NEEDS),
+            canister_uid,
+            vault_id,
+            renew_every_ms=renew_every_ms,
+            actor_uid=actor_uid,
+            chunks_to_embed=chunks_to_embed,
+            estimated_seconds=estimated_seconds,
+            reason=reason,
+            ttl_ms=ttl_ms,
+            clock_skew_ms=clock_skew_ms,
+            clock=clock,
+            uuid_factory=uuid_factory,
+        )
+    )
+
+
+class _Hold:
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, HeldJobLock]]) -> None:
+        self._begin = begin
+
+    def __enter__(self) -> HeldJobLock:
+        self._lock = lock = _run(self._begin())
+        self._ended = threading.Event()
+        self._thread = threading.Thread(
+            target=_keep,
+            args=(lock._keeper, weakref.ref(lock), self._ended),
+            name=f"joblock {lock._keeper.key}",
+            daemon=True,
+        )
+        try:
+            self._thread.start()
+        except BaseException:
+            self._ended.set()
+            _keep(lock._keeper, weakref.ref(lock), self._ended)
+            raise
+        return lock
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        keeper = self._lock._keeper
+        if keeper.end():
+            self._ended.set()
+            self._thread.join(_waitable(keeper.left_s()))
+            keeper.leave(exc)
+
+
+def _keep(keeper: Keeper, holder: weakref.ref[HeldJobLock], ended: threading.Event) -> None:
+    async def wait(seconds: float) -> bool:
+        return ended.wait(_waitable(seconds))
+
+    try:
+        _run(keeper.keep(holder, wait))
+    except BaseException as error:  # a thread would drop a SystemExit without a word
+        keeper.died(error)
+
+
+def _waitable(seconds: float) -> float:
+    return min(seconds, threading.TIMEOUT_MAX)
