@@ -1,19 +1,24 @@
 """joblock for async stores: the same names, to be awaited.
 
 The functions use no event loop of their own, so they run under asyncio, trio or any other;
-`ThreadedBlobStore` is for asyncio.
+`hold_job_lock` and `ThreadedBlobStore` are for asyncio.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import uuid
+import weakref
 from collections.abc import Callable, Coroutine
+from functools import partial
+from types import TracebackType
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from . import _protocol
 from ._protocol import JOB_LOCK_TTL_MS
+from .hold import HeldJobLock, Keeper, begin
 from .record import JobLockRecord, epoch_ms
 from .results import Acquired, Held, Lost, ReleaseResult, Renewed
 from .store import (
@@ -33,6 +38,7 @@ _Async: TypeAlias = Callable[P, Coroutine[Any, Any, T]]
 __all__ = [
     "ThreadedBlobStore",
     "acquire_job_lock",
+    "hold_job_lock",
     "peek_job_lock",
     "release_job_lock",
     "renew_job_lock",
@@ -125,6 +131,103 @@ async def renew_job_lock(
         etag=etag,
         record=record,
     )
+
+
+def hold_job_lock(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    renew_every_ms: float | None = None,
+    actor_uid: str | None = None,
+    chunks_to_embed: float | None = None,
+    estimated_seconds: float | None = None,
+    reason: str | None = None,
+    ttl_ms: float = JOB_LOCK_TTL_MS,
+    clock_skew_ms: float = 0,
+    clock: Callable[[], float] = epoch_ms,
+    uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
+) -> _Hold:
+    """As `joblock.hold_job_lock`, on an async store, for `async with` under asyncio.
+
+    A task renews the lock. A block that is cancelled releases it like any other, and so does one
+    that is cancelled again while leaving; the cancellation goes on once the store has answered.
+    Entering that is cancelled may have taken the lock, as `acquire_job_lock`. A block that keeps
+    the event loop busy for longer than the lease loses its lock.
+    """
+    _require_async(store, _protocol.HOLD_NEEDS)
+    return _Hold(
+        partial(
+            begin,
+            store,
+            canister_uid,
+            vault_id,
+            renew_every_ms=renew_every_ms,
+            actor_uid=actor_uid,
+            chunks_to_embed=chunks_to_embed,
+            estimated_seconds=estimated_seconds,
+            reason=reason,
+            ttl_ms=ttl_ms,
+            clock_skew_ms=clock_skew_ms,
+            clock=clock,
+            uuid_factory=uuid_factory,
+        )
+    )
+
+
+class _Hold:
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, HeldJobLock]]) -> None:
+        self._begin = begin
+
+    async def __aenter__(self) -> HeldJobLock:
+        self._lock = await self._begin()
+        self._ended = asyncio.Event()
+        self._task = self._keep()
+        return self._lock
+
+    def _keep(self) -> asyncio.Task[None]:
+        keeper = self._lock._keeper
+        return asyncio.create_task(
+            _keep(keeper, weakref.ref(self._lock), self._ended), name=f"joblock {keeper.key}"
+        )
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        keeper = self._lock._keeper
+        if not keeper.end():
+            return
+        self._ended.set()
+        cancelled: asyncio.CancelledError | None = None
+        while not self._task.done() or not (keeper.finished or keeper.left_s() == 0):
+            left = keeper.left_s()
+            if self._task.done():  # an event loop that shuts down cancels every task
+                self._task = self._keep()
+            elif left == 0:
+                self._task.cancel()
+            try:
+                await asyncio.wait({self._task}, timeout=left or None)
+            except asyncio.CancelledError as error:
+                cancelled = error  # it goes on below: the release comes first
+        keeper.leave(cancelled or exc)
+        if cancelled is not None:
+            raise cancelled
+
+
+async def _keep(keeper: Keeper, holder: weakref.ref[HeldJobLock], ended: asyncio.Event) -> None:
+    async def wait(seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await ended.wait()
+        return ended.is_set()
+
+    try:
+        await keeper.keep(holder, wait)
+    except Exception as error:
+        keeper.died(error)
 
 
 class ThreadedBlobStore:

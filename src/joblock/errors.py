@@ -63,8 +63,12 @@ class JobLockHeldError(JobLockError):
 class JobLockLostError(JobLockError):
     """The lock that `hold_job_lock` kept for `job_id` was lost while the job was running.
 
-    The lock: `current` is the record that was found in its place, or None. Another job may have
-    run at the same time. Do not retry blindly; find out first what both of them have done.
+    The `reason` is "lock_owned_by_other_job", "lock_already_gone", or "lease_expired": no renewal
+    succeeded in time (then `__cause__` is what the last one failed with, if it did).
+
+    The lock: not this job's. `current` is the record that a renewal found in its place, or None.
+    Another job may have run at the same time. Do not retry blindly; find out first what both of
+    them have done.
     """
 
     def __init__(self, job_id: str, reason: str, current: JobLockRecord | None) -> None:

@@ -234,9 +234,11 @@ class Keeper:
             released = await _protocol.release(
                 self._store, *self._ids, expected_job_id=self.lease.job_id, etag=self.lease.etag
             )
-        except Exception as error:
+        except BaseException as error:
             self._release_tried = True
             self._log_unreleased(_type_of(error))
+            if not isinstance(error, Exception):
+                raise
         else:
             self._release_tried = True
             if released.reason is not None:
@@ -262,7 +264,7 @@ class Keeper:
 
     @property
     def finished(self) -> bool:
-        """Whether the store needs not to be asked again."""
+        """Whether there is nothing to do any more: the release was tried, or the lock is lost."""
         return self._release_tried or self.loss() is not None
 
     def leave(self, error: BaseException | None) -> None:
@@ -400,17 +402,15 @@ class _Hold:
     def __enter__(self) -> HeldJobLock:
         self._lock = lock = _run(self._begin())
         self._ended = threading.Event()
+        self._keep = partial(_keep, lock._keeper, weakref.ref(lock), self._ended)
         self._thread = threading.Thread(
-            target=_keep,
-            args=(lock._keeper, weakref.ref(lock), self._ended),
-            name=f"joblock {lock._keeper.key}",
-            daemon=True,
+            target=self._keep, name=f"joblock {lock._keeper.key}", daemon=True
         )
         try:
             self._thread.start()
-        except BaseException:
+        except BaseException:  # no thread, no lock
             self._ended.set()
-            _keep(lock._keeper, weakref.ref(lock), self._ended)
+            self._keep()
             raise
         return lock
 
@@ -424,6 +424,8 @@ class _Hold:
         if keeper.end():
             self._ended.set()
             self._thread.join(_waitable(keeper.left_s()))
+            if not self._thread.is_alive() and not keeper.finished:
+                self._keep()  # the thread died
             keeper.leave(exc)
 
 

@@ -41,7 +41,7 @@ ERRORS = [
     InvalidIdError("vault_id", "must not be 'a/b'"),
     StoreContentionError("k", 16),
     JobLockHeldError(RECORD),
-    JobLockLostError("j", "lock_already_gone", RECORD),
+    JobLockLostError("j", "lease_expired", None),
 ]
 
 
@@ -135,7 +135,7 @@ def test_errors_say_what_happened() -> None:
         "vault_id must not be 'a/b'",
         "'k' was changed by others in each of 16 attempts",
         "job 'j' holds the lock until 10000",
-        "job 'j' lost its lock: lock_already_gone",
+        "job 'j' lost its lock: lease_expired",
     ]
 
 
@@ -158,7 +158,8 @@ def test_dependencies_point_down() -> None:
         "store.py": {"_value"},
         "_protocol.py": {"errors", "record", "results", "store"},
         "locks.py": {"_protocol", "record", "results", "store"},
-        "aio.py": {"_protocol", "record", "results", "store"},
+        "hold.py": {"_protocol", "errors", "locks", "record", "results", "store"},
+        "aio.py": {"_protocol", "hold", "record", "results", "store"},
         "conformance.py": {"record", "store"},
         "stores/memory.py": {"store"},
         "stores/sqlite.py": {"store"},
