@@ -50,11 +50,11 @@ class Lease:
     """
 
     def __init__(self, acquired: Acquired, *, begun: float, renew_every_ms: float) -> None:
-        self.job_id = acquired.job_id
-        self.took_over = acquired.took_over
-        self.record = acquired.record
-        self.etag = acquired.etag
-        self.ttl_ms = (self.record.expires_at or 0) - (self.record.started_at or 0)
+        self.job_id: str = acquired.job_id
+        self.took_over: JobLockRecord | None = acquired.took_over
+        self.record: JobLockRecord = acquired.record
+        self.etag: str | None = acquired.etag
+        self.ttl_ms: float = (self.record.expires_at or 0) - (self.record.started_at or 0)
         self.failure: BaseException | None = None
         self._renew_every_ms = renew_every_ms
         self._retry_every_ms = min(renew_every_ms, self.ttl_ms - renew_every_ms) / 4
@@ -63,7 +63,7 @@ class Lease:
         self._granted(begun)
 
     def _granted(self, begun: float) -> None:
-        self.deadline = begun + self.ttl_ms
+        self.deadline: float = begun + self.ttl_ms
         self._due = begun + self._renew_every_ms
 
     def wait_ms(self, now: float) -> float:
@@ -158,12 +158,13 @@ class Keeper:
         lease: Lease,
         *,
         clock: Callable[[], float],
-        now: Callable[[], float] = monotonic_ms,
+        now: Callable[[], float],
+        process: int,
     ) -> None:
         import logging  # here, not above: `import joblock` shall stay quick
 
-        self.key = job_lock_key(canister_uid, vault_id)
-        self.lease = lease
+        self.key: str = job_lock_key(canister_uid, vault_id)
+        self.lease: Lease = lease
         self._store = store
         self._ids = (canister_uid, vault_id)
         self._clock = clock
@@ -171,7 +172,7 @@ class Keeper:
         self._log = logging.getLogger("joblock")
         self._loss_unlogged = threading.Lock()
         self._release_tried = False
-        self._process = os.getpid()
+        self._process = process
         if lease.took_over is not None:
             self._log.warning(
                 "job %r took over %r from job %r, whose lease expired",
@@ -330,7 +331,17 @@ async def begin(
     if isinstance(acquired, Held):
         raise JobLockHeldError(acquired.existing)
     lease = Lease(acquired, begun=begun, renew_every_ms=every_ms)
-    return HeldJobLock(Keeper(store, canister_uid, vault_id, lease, clock=clock))
+    return HeldJobLock(
+        Keeper(
+            store,
+            canister_uid,
+            vault_id,
+            lease,
+            clock=clock,
+            now=monotonic_ms,
+            process=os.getpid(),
+        )
+    )
 
 
 def hold_job_lock(

@@ -6,6 +6,7 @@ unnecessary is an error too.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import Literal, assert_type
 
@@ -20,6 +21,7 @@ from joblock import (
     BlobStore,
     ConditionalBlobStore,
     Held,
+    HeldJobLock,
     JobLockRecord,
     Lost,
     MemoryBlobStore,
@@ -207,6 +209,33 @@ def test_users_async_stores() -> None:
 
     for store in (plain, conditional):
         await_now(life(store))
+
+
+def test_holding() -> None:
+    """The value is the same for both; leaving swallows nothing, so what follows is reached."""
+
+    def blocking(store: BlobStore) -> bool:
+        with joblock.hold_job_lock(store, "u", "v", renew_every_ms=1000) as lock:
+            assert_type(lock, HeldJobLock)
+            assert_type(lock.job_id, str)
+            assert_type(lock.record, JobLockRecord)
+            assert_type(lock.took_over, JobLockRecord | None)
+            assert_type(lock.check(), None)
+            return lock.lost
+
+    async def awaiting(store: AsyncBlobStore) -> bool:
+        async with aio.hold_job_lock(store, "u", "v") as lock:
+            assert_type(lock, HeldJobLock)
+            return lock.lost
+
+    assert blocking(MemoryBlobStore()) is False
+    assert asyncio.run(awaiting(UsersAsyncStore())) is False
+    with pytest.raises(TypeError):
+        joblock.hold_job_lock(UsersAsyncStore(), "u", "v").__enter__()  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError):
+        aio.hold_job_lock(MemoryBlobStore(), "u", "v")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    with pytest.raises(AttributeError):
+        joblock.hold_job_lock(MemoryBlobStore(), "u", "v").__enter__().job_id = "x"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_clocks_and_factories() -> None:
