@@ -193,7 +193,7 @@ class Keeper:
         holder: weakref.ref[HeldJobLock],
         wait: Callable[[float], Coroutine[Any, Any, bool]],
     ) -> None:
-        """Renew until the body has ended or its lock was forgotten, then release.
+        """Renew until the body has ended, or nobody has its lock any more; then release.
 
         `wait` waits for so many seconds or for the end of the body, and says whether that came.
         """
@@ -241,9 +241,9 @@ class Keeper:
             if not isinstance(error, Exception):
                 raise
         else:
-            self._release_tried = True
             if released.reason is not None:
                 self.lease.lose(released.reason, None)
+            self._release_tried = True
 
     def died(self, error: BaseException) -> None:
         """Take in that the thread or task ended otherwise than by its own rules."""

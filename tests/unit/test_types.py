@@ -234,8 +234,8 @@ def test_holding() -> None:
         joblock.hold_job_lock(UsersAsyncStore(), "u", "v").__enter__()  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError):
         aio.hold_job_lock(MemoryBlobStore(), "u", "v")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
-    with pytest.raises(AttributeError):
-        joblock.hold_job_lock(MemoryBlobStore(), "u", "v").__enter__().job_id = "x"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
+    with joblock.hold_job_lock(MemoryBlobStore(), "u", "v") as lock, pytest.raises(AttributeError):
+        lock.job_id = "x"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_clocks_and_factories() -> None:
