@@ -189,11 +189,14 @@ class TestInSimulatedTime:
         assert not simulation.lock.lost
         assert list(store) == []
 
-    def test_a_store_that_fails_past_the_deadline(self, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize(("every", "attempts"), [(MINUTE / 3, 8), (25_000, 6)])
+    def test_a_store_that_fails_past_the_deadline(
+        self, every: float, attempts: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Lost at the deadline, not before and not after; told once, with its cause."""
         store = FlakyStore()
         store.script = [fail] * 100
-        simulation = Simulation(store)
+        simulation = Simulation(store, every)
         acquired_at = simulation.clock.now
         lost_at: list[float] = []
 
@@ -207,13 +210,13 @@ class TestInSimulatedTime:
             simulation.job(HOUR)
         assert lost_at == [acquired_at + MINUTE, acquired_at + HOUR]
         assert simulation.lock.record.expires_at == acquired_at + MINUTE
-        assert levels(caplog) == ["WARNING"] * 8 + ["ERROR"]
+        assert levels(caplog) == ["WARNING"] * attempts + ["ERROR"]
         assert "secret" not in caplog.text
         assert (caught.value.reason, caught.value.current) == ("lease_expired", None)
         assert isinstance(caught.value.__cause__, ConnectionError)
         with pytest.raises(JobLockLostError, match="lease_expired"):
             simulation.lock.check()
-        assert store.calls == ["set_if_new"] + ["set_if_match"] * 8, "it is not released"
+        assert store.calls == ["set_if_new"] + ["set_if_match"] * attempts, "it is not released"
 
     def test_a_renewal_that_hangs_past_the_deadline(self) -> None:
         """Lost while it hangs; its late success changes nothing."""
@@ -237,9 +240,18 @@ class TestInSimulatedTime:
         """Whether anyone asked meanwhile must not matter."""
         store = FlakyStore()
         simulation = Simulation(store)
-        store.script = [lambda: simulation.clock.tick(MINUTE)]
+        store.script = [lambda: simulation.clock.tick(MINUTE * 2 / 3)]
         with pytest.raises(JobLockLostError, match="lease_expired"):
             simulation.job(HOUR)
+
+    def test_a_failure_that_was_made_good_is_no_cause(self) -> None:
+        """The loss is explained by what led to it, not by what a renewal has mended."""
+        store = FlakyStore()
+        simulation = Simulation(store)
+        store.script = [fail, lambda: None, lambda: simulation.clock.tick(MINUTE)]
+        with pytest.raises(JobLockLostError, match="lease_expired") as caught:
+            simulation.job(HOUR)
+        assert caught.value.__cause__ is None
 
     def test_a_renewed_deadline_counts_from_before_the_write(self) -> None:
         """A write that took ten seconds leaves ten seconds less."""
@@ -674,6 +686,17 @@ class TestAThread:
         assert levels(caplog) == ["ERROR"]
         assert "builtins.SystemExit" in caplog.text
         assert list(store) == []
+
+    def test_a_thread_that_is_gone_is_the_cause_of_the_loss(self) -> None:
+        """Whoever gets the error sees why nobody renewed."""
+        store = FlakyStore()
+        store.script = [lambda: exec("raise SystemExit")]  # noqa: S102
+        with (
+            pytest.raises(JobLockLostError, match="lease_expired") as caught,
+            hold_job_lock(store, UID, VAULT, **BRIEF) as lock,
+        ):
+            until_lost(lock)
+        assert isinstance(caught.value.__cause__, SystemExit)
 
     def test_a_release_that_exits_the_thread(self, caplog: pytest.LogCaptureFixture) -> None:
         """The job is done: that is no error for it, but it is told."""
