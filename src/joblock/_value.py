@@ -1,26 +1,14 @@
-"""Frozen, slotted values, compared by their fields: what a frozen dataclass is.
+"""Frozen, slotted values, compared by their fields, as a frozen dataclass is.
 
 They are no dataclasses because importing `dataclasses` and running it would be half of the time
-that `import joblock` takes. Its `replace`, `fields` and `asdict` take these values too.
+that `import joblock` takes.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn, Self, dataclass_transform
+from typing import Any, NoReturn, Self, dataclass_transform
 
 assign = object.__setattr__  # for `__init__` only: a value refuses everybody else
-
-
-class _DataclassFields:
-    """The attribute by which `dataclasses` knows its own, made when it first asks."""
-
-    def __get__(self, instance: object, owner: type[Any]) -> dict[str, Any]:
-        import dataclasses
-
-        like = dataclasses.make_dataclass(owner.__name__, owner.__match_args__)
-        fields = {field.name: field for field in dataclasses.fields(like)}
-        owner.__dataclass_fields__ = fields
-        return fields
 
 
 @dataclass_transform(frozen_default=True)
@@ -28,7 +16,6 @@ class Value:
     """The base of a class that names its fields in `__match_args__`, in the order of `__init__`."""
 
     __slots__ = ()
-    __dataclass_fields__: ClassVar[Any] = _DataclassFields()
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"cannot assign to field {name!r}")

@@ -7,7 +7,6 @@ import random
 import shutil
 import struct
 import subprocess
-from dataclasses import replace
 
 import pytest
 
@@ -53,8 +52,7 @@ def as_doubles(record: JobLockRecord) -> JobLockRecord:
     def double(value: float | None) -> float | None:
         return None if value is None else float(value)
 
-    return replace(
-        record,
+    return record.__replace__(
         chunks_to_embed=double(record.chunks_to_embed),
         estimated_seconds=double(record.estimated_seconds),
         started_at=double(record.started_at),
