@@ -1,9 +1,8 @@
-"""The README's code runs as it stands, and the demonstration does what the README says."""
+"""The README's code runs as it stands."""
 
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +68,3 @@ def test_the_snippets_are_as_short_as_they_claim() -> None:
     """Ten lines for a handler (and the import that it needs), three for a worker."""
     assert len(HANDLER[HANDLER.index("def") :].strip().splitlines()) == 10
     assert len(WORKER.strip().splitlines()) == 3
-
-
-def test_the_demonstration(capsys: pytest.CaptureFixture[str]) -> None:
-    """`python -m joblock`: started, already running, released, started again."""
-    runpy.run_module("joblock", run_name="__main__")
-    runpy.run_module("joblock.__main__", run_name="imported")  # and an import shows nothing
-    first, second, ended, third = capsys.readouterr().out.splitlines()
-    job_id = first.removeprefix("202  job ").removesuffix(" started")
-    assert second.startswith(f"409  job {job_id} is running, retry after ")
-    assert ended == f"     job {job_id} ended, lock released: True"
-    assert third.startswith("202  job ")
-    assert job_id not in third

@@ -1,0 +1,358 @@
+"""`python -m joblock` as a process: real signals, with and without a terminal, kills and races."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TypeAlias
+
+import pytest
+
+from joblock import JobLockRecord, acquire_job_lock, peek_job_lock
+from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import KEY, UID, VAULT, held
+
+JOBLOCK = [sys.executable, "-m", "joblock"]
+DEADLINE_S = 60
+
+Process: TypeAlias = "subprocess.Popen[str]"
+Start: TypeAlias = Callable[..., Process]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteBlobStore]:
+    """The store that every process of the test uses."""
+    monkeypatch.setenv("JOBLOCK_STORE", f"sqlite:{tmp_path / 'jobs.db'}")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with SqliteBlobStore(tmp_path / "jobs.db") as store:
+        yield store
+
+
+@pytest.fixture
+def start(store: SqliteBlobStore) -> Iterator[Start]:
+    """Starts `joblock run OPTIONS... -- sh -c SCRIPT` in a session of its own, as cron does."""
+    processes: list[Process] = []
+
+    def start(
+        script: str, *options: str, preexec_fn: Callable[[], object] | None = None
+    ) -> Process:
+        process = subprocess.Popen(
+            [*JOBLOCK, "run", UID, VAULT, *options, "--", "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=preexec_fn,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def line(stream: IO[str] | None) -> str:
+    assert stream is not None
+    return stream.readline()
+
+
+class TestWithoutATerminal:
+    def test_streams_pass_through(self, store: SqliteBlobStore, tmp_path: Path) -> None:
+        """Standard input and output, errors and other descriptors, and not a byte of joblock's."""
+        reader, writer = os.pipe()
+        script = f"cat; echo error >&2; echo other > /dev/fd/{writer}"
+        result = subprocess.run(
+            [*JOBLOCK, "run", UID, VAULT, "--", "sh", "-c", script],
+            input=b"\x00\xff\r\n",
+            capture_output=True,
+            pass_fds=[writer],
+            start_new_session=True,
+            check=False,
+        )
+        os.close(writer)
+        with os.fdopen(reader) as other:
+            assert other.read() == "other\n"
+        assert (result.returncode, result.stdout, result.stderr) == (0, b"\x00\xff\r\n", b"error\n")
+        assert store.get(KEY) is None
+
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"])
+    def test_signals_reach_the_command_and_its_children(
+        self, start: Start, store: SqliteBlobStore, name: str
+    ) -> None:
+        """Sent to joblock alone; nothing goes on, and the lock is free."""
+        # `exec` and Python because sh makes its background jobs ignore SIGINT.
+        code = (
+            "import os, signal, subprocess, sys, time;"
+            "signal.signal(signal.SIGINT, signal.SIG_DFL);"
+            "child = subprocess.Popen(['sleep', '600']);"
+            "print('ready', flush=True);"
+            "time.sleep(600)"
+        )
+        process = start(f'exec {sys.executable} -c "{code}"')
+        assert line(process.stdout) == "ready\n"
+        signum = getattr(signal, name)
+        process.send_signal(signum)
+        assert process.communicate(timeout=DEADLINE_S) == ("", "")  # once no process can write
+        assert process.returncode == 128 + signum
+        assert store.get(KEY) is None
+
+    def test_the_lock_stays_until_the_command_has_ended(
+        self, start: Start, store: SqliteBlobStore
+    ) -> None:
+        """A command that cleans up after SIGTERM has the lock until then, and its status counts."""
+        process = start(
+            "trap 'echo stopping; read go; exit 7' TERM; echo ready; while :; do sleep 0.05; done"
+        )
+        assert line(process.stdout) == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert line(process.stdout) == "stopping\n"
+        held(acquire_job_lock(store, UID, VAULT))
+        process.communicate("\n", DEADLINE_S)
+        assert process.returncode == 7
+        assert store.get(KEY) is None
+
+    def test_a_signal_that_was_ignored_stays_so(self, start: Start, store: SqliteBlobStore) -> None:
+        """As under nohup: neither joblock nor the command ends."""
+        process = start(
+            "echo ready; read go; echo done",
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        )
+        assert line(process.stdout) == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        out, err = process.communicate("\n", DEADLINE_S)
+        assert (process.returncode, out, err) == (0, "done\n", "")
+
+    def test_a_killed_run_is_taken_over(self, start: Start, store: SqliteBlobStore) -> None:
+        """SIGKILL frees nothing; when the lease is over, and not before, the next run goes on."""
+        process = start("echo $$; exec sleep 600", "--ttl", "2s")
+        command = int(line(process.stdout))
+        process.kill()
+        process.wait(DEADLINE_S)
+        killed = peek_job_lock(store, UID, VAULT)
+        assert killed is not None and killed.expires_at is not None
+        try:
+            status = 75
+            while status == 75:
+                successor = start(f"exec {sys.executable} -m joblock peek {UID} {VAULT} --json")
+                out, err = successor.communicate(timeout=DEADLINE_S)
+                status = successor.returncode
+        finally:
+            os.kill(command, signal.SIGKILL)  # it outlives a joblock that was killed
+        assert status == 0
+        assert json.loads(out)["startedAt"] >= killed.expires_at
+        assert str(killed.job_id) in err
+
+    def test_a_killed_run_is_held(self, start: Start) -> None:
+        """Until then the next run is refused."""
+        process = start("echo $$; exec sleep 600")
+        command = int(line(process.stdout))
+        process.kill()
+        process.wait(DEADLINE_S)
+        os.kill(command, signal.SIGKILL)
+        successor = start("echo ran")
+        out, err = successor.communicate(timeout=DEADLINE_S)
+        assert (successor.returncode, out) == (75, "")
+        assert "is held by job" in err
+
+    @pytest.mark.parametrize(
+        ("script", "grace", "ended_with"),
+        [
+            (
+                "trap 'echo cleaned; exit 0' TERM; echo ready; while :; do sleep 0.05; done",
+                "60s",
+                0,
+            ),
+            ("trap '' TERM; echo ready; exec sleep 600", "50ms", 137),
+        ],
+        ids=["ends", "ignores"],
+    )
+    def test_a_lost_lock(
+        self, start: Start, store: SqliteBlobStore, script: str, grace: str, ended_with: int
+    ) -> None:
+        """Another's record in its place: SIGTERM, then SIGKILL, 76, and that record stays."""
+        process = start(script, "--ttl", "600ms", "--grace", grace)
+        assert line(process.stdout) == "ready\n"
+        other = JobLockRecord("other", UID, VAULT, expires_at=9e15).to_json()
+        store.set(KEY, other)
+        out, err = process.communicate(timeout=DEADLINE_S)
+        assert (process.returncode, out) == (76, "" if ended_with else "cleaned\n")
+        assert f"lock_owned_by_other_job; the command ended with {ended_with}\n" in err
+        assert "Traceback" not in err
+        assert store.get(KEY) == other
+
+    def test_a_long_command_keeps_its_lock(self, start: Start, store: SqliteBlobStore) -> None:
+        """It is renewed for as long as the command runs."""
+        process = start("echo ready; read go", "--ttl", "1s")
+        assert line(process.stdout) == "ready\n"
+        first = peek_job_lock(store, UID, VAULT)
+        assert first is not None and first.expires_at is not None
+        after_the_first_lease = first.expires_at
+
+        def is_renewed() -> bool:
+            now = peek_job_lock(store, UID, VAULT)
+            assert now is not None and now.expires_at is not None and now.job_id == first.job_id
+            return now.expires_at > after_the_first_lease + 1000
+
+        eventually(is_renewed)
+        assert process.communicate("\n", DEADLINE_S) == ("", "")
+        assert process.returncode == 0
+
+    @pytest.mark.parametrize("words", ["peek user-1 Business", "--help", "--version"])
+    def test_nobody_reads(self, store: SqliteBlobStore, words: str) -> None:
+        """As in `joblock peek ... | true`: not a word of it."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        result = subprocess.run(
+            [*JOBLOCK, *words.split()], stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+        os.close(writer)
+        assert result.returncode == (1 if words.startswith("peek") else 0)
+        assert result.stderr == b""
+
+
+class TestAtATerminal:
+    """In a pseudo-terminal, as its foreground job."""
+
+    @pytest.fixture
+    def terminal(self, store: SqliteBlobStore) -> Iterator[Callable[[str], tuple[Process, int]]]:
+        master, slave = os.openpty()
+        processes: list[Process] = []
+
+        def start(script: str) -> tuple[Process, int]:
+            process = subprocess.Popen(
+                [*JOBLOCK, "run", UID, VAULT, "--", "sh", "-c", script],
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+                start_new_session=True,
+                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                text=True,
+            )
+            processes.append(process)
+            return process, master
+
+        yield start
+        for process in processes:
+            process.kill()
+            process.wait()
+        os.close(slave)
+        os.close(master)
+
+    def test_keys_and_input(
+        self, terminal: Callable[[str], tuple[Process, int]], store: SqliteBlobStore
+    ) -> None:
+        """The command reads the terminal, and gets each Ctrl-C once, not also from joblock."""
+        process, master = terminal(
+            "trap 'echo one interrupt' INT; trap 'echo end; exit 5' TERM; "
+            "read name; echo hello $name; while :; do sleep 0.05; done"
+        )
+        os.write(master, b"operator\n")
+        shown = read_until(master, "hello operator\r\n")
+        os.write(master, b"\x03")
+        shown += read_until(master, "one interrupt\r\n")
+        # What joblock passes on it passes on in order: a second interrupt would come first.
+        process.send_signal(signal.SIGTERM)
+        shown += read_until(master, "end\r\n")
+        assert process.wait(DEADLINE_S) == 5
+        assert shown.count("one interrupt") == 1
+        assert store.get(KEY) is None
+
+    @pytest.mark.parametrize(("key", "signum"), [(b"\x03", 2), (b"\x1c", 3)])
+    def test_a_key_that_ends_the_command(
+        self,
+        terminal: Callable[[str], tuple[Process, int]],
+        store: SqliteBlobStore,
+        key: bytes,
+        signum: int,
+    ) -> None:
+        """Ctrl-C, or SIGQUIT's key: joblock releases the lock and has the command's status."""
+        process, master = terminal("ulimit -c 0; echo ready; exec sleep 600")
+        shown = read_until(master, "ready\r\n")
+        os.write(master, key)
+        assert process.wait(DEADLINE_S) == 128 + signum
+        assert "joblock" not in shown
+        assert store.get(KEY) is None
+
+
+def read_until(master: int, text: str) -> str:
+    shown = ""
+    while text not in shown:
+        shown += os.read(master, 1000).decode()
+    return shown
+
+
+# A whole run each, forked together so that only one pays for Python's start.
+FIFTY_FORKS = """
+import os, sys
+from joblock import cli
+
+together, go = os.pipe()
+for _ in range(50):
+    if os.fork() == 0:
+        os.close(go)
+        os.read(together, 1)
+        os._exit(cli.main(sys.argv[1:]))
+os.close(go)
+for _ in range(50):
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+# The winner goes on until the losers have answered; a second winner would end with 124.
+UNTIL_ALL_HAVE_ANSWERED = ["timeout", "60", "sh", "-c", "read go"]
+RUN = ["run", UID, VAULT, "--", *UNTIL_ALL_HAVE_ANSWERED]
+
+
+class TestFiftyAtOnce:
+    """As fifty hosts' cron at the same minute: one runs, forty-nine are told who does."""
+
+    def test_forked(self, store: SqliteBlobStore) -> None:
+        """Processes on one SQLite file, let loose at the same moment."""
+        with subprocess.Popen(
+            [sys.executable, "-c", FIFTY_FORKS, *RUN],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            losers = [int(line(process.stdout)) for _ in range(49)]
+            winner, errors = process.communicate("\n", DEADLINE_S)
+        assert losers == [75] * 49
+        assert winner == "0\n"
+        assert errors.count("is held by job") == 49 == errors.count("\n")
+        assert store.get(KEY) is None
+
+    @pytest.mark.deep
+    def test_started(self, store: SqliteBlobStore) -> None:
+        """The same with fifty starts of Python, as they come."""
+        reader, writer = os.pipe()
+        processes = [
+            subprocess.Popen([*JOBLOCK, *RUN], stdin=reader, stderr=subprocess.PIPE, text=True)
+            for _ in range(50)
+        ]
+        eventually(lambda: [process.poll() for process in processes].count(None) <= 1)
+        losers = [process.returncode for process in processes if process.returncode is not None]
+        os.write(writer, b"\n")
+        errors = "".join(process.communicate(timeout=DEADLINE_S)[1] for process in processes)
+        os.close(reader)
+        os.close(writer)
+        assert losers == [75] * 49
+        assert sorted(process.returncode for process in processes) == [0] + [75] * 49
+        assert errors.count("is held by job") == 49
+        assert store.get(KEY) is None

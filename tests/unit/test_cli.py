@@ -1,0 +1,573 @@
+"""`joblock` in this process: what each command prints and returns."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from joblock import JobLockRecord, acquire_job_lock, cli, peek_job_lock
+from joblock.record import epoch_ms
+from joblock.stores.sqlite import SqliteBlobStore
+from tests.support import KEY, UID, VAULT, acquired
+
+Run: TypeAlias = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The store that the commands use by default."""
+    path = tmp_path / "jobs.db"
+    monkeypatch.setenv("JOBLOCK_STORE", f"sqlite:{path}")
+    return path
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[SqliteBlobStore]:
+    with SqliteBlobStore(path) as store:
+        yield store
+
+
+@pytest.fixture
+def run(path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Returns the status, and what went to standard output and standard error."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        status = cli.main(argv)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def put(store: SqliteBlobStore, **fields: Any) -> None:
+    values: dict[str, Any] = {"job_id": "job-1", "canister_uid": UID, "vault_id": VAULT}
+    store.set(KEY, JobLockRecord(**(values | fields)).to_json())
+
+
+# To act at one moment of a run. A hook cannot be removed, so there is one for all tests.
+_on_event: dict[str, Callable[[], object]] = {}
+
+
+def _hook(event: str, _args: object) -> None:
+    if event in _on_event:
+        _on_event.pop(event)()
+
+
+sys.addaudithook(_hook)
+
+
+class TestRun:
+    def test_the_command_runs_under_the_lock(self, run: Run) -> None:
+        """It has its job's id, its record is there, and the lock is gone afterwards."""
+        script = (
+            f'echo "$JOBLOCK_JOB_ID"; exec {sys.executable} -m joblock peek {UID} {VAULT} --json'
+        )
+        status, out, err = run("run", UID, VAULT, "--reason", "nightly", "--", "sh", "-c", script)
+        job_id, record = out.splitlines()
+        found = json.loads(record)
+        assert (status, err) == (0, "")
+        assert (found["jobId"], found["reason"]) == (job_id, "nightly")
+        assert found["actorUid"].endswith(f" process {os.getpid()}")
+        assert run("peek", UID, VAULT)[0] == 1
+
+    @pytest.mark.parametrize(
+        ("command", "expected"),
+        [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", 137), ("kill -15 $$", 143)],
+    )
+    def test_exit_status(self, run: Run, command: str, expected: int) -> None:
+        """The command's own, or that of a shell for a signal."""
+        assert run("run", UID, VAULT, "--", "sh", "-c", command) == (expected, "", "")
+        assert run("peek", UID, VAULT)[0] == 1
+
+    def test_cannot_start(self, run: Run, tmp_path: Path) -> None:
+        """127 and 126, as a shell, and the lock is released."""
+        assert run("run", UID, VAULT, "--", "no-such-command") == (
+            127,
+            "",
+            "joblock: cannot run no-such-command: No such file or directory\n",
+        )
+        assert run("run", UID, VAULT, "--", str(tmp_path)) == (
+            126,
+            "",
+            f"joblock: cannot run {tmp_path}: Permission denied\n",
+        )
+        assert run("peek", UID, VAULT)[0] == 1
+
+    def test_words_after_the_dashes_are_the_commands(self, run: Run) -> None:
+        """Also those that look like options, and more dashes."""
+        words = ("printf", "%s ", "--ttl", "--", "-h")
+        assert run("run", UID, VAULT, "--", *words) == (0, "--ttl -- -h ", "")
+
+    def test_held(self, run: Run, store: SqliteBlobStore) -> None:
+        """75, who has it since when and until when, and the command does not run."""
+        now = epoch_ms()
+        put(store, actor_uid="host-a", started_at=now - 180_000, expires_at=now + 720_000)
+        status, out, err = run("run", UID, VAULT, "--", "echo", "ran")
+        assert (status, out) == (75, "")
+        assert "is held by job job-1 (host-a) since 20" in err
+        assert "UTC (3 minutes ago) until 20" in err
+        assert err.endswith("UTC (in 12 minutes)\n")
+        put(store, expires_at=now + 720_000)
+        assert "held by job job-1 since unknown until" in run("run", UID, VAULT, "--", "true")[2]
+
+    def test_takes_over(self, run: Run, store: SqliteBlobStore) -> None:
+        """A crashed job's lock is taken over, and said so in one line."""
+        put(store, expires_at=1, reason="two\nlines")
+        status, out, err = run("run", UID, VAULT, "--", "true")
+        assert (status, out, err.count("\n")) == (0, "", 1)
+        assert err.startswith("joblock: ")
+        assert "job-1" in err
+
+    @pytest.mark.parametrize(
+        ("command", "status", "killed"),
+        [("exec sleep 60", 143, False), ("trap '' TERM; exec sleep 60", 137, True)],
+        ids=["ends", "ignores"],
+    )
+    def test_lost(self, run: Run, command: str, status: int, killed: bool) -> None:
+        """SIGTERM, then SIGKILL after the grace period, and 76."""
+        lose = f"{sys.executable} -m joblock release {UID} {VAULT} --force > /dev/null; {command}"
+        options = ("--ttl", "600ms", "--grace", "60s" if not killed else "50ms")
+        result, out, err = run("run", UID, VAULT, *options, "--", "sh", "-c", lose)
+        assert (result, out) == (76, "")
+        assert "joblock: the lock is lost: stopping the command\n" in err
+        assert ("joblock: the command goes on: killing it\n" in err) == killed
+        assert err.endswith(f"lost its lock: lock_already_gone; the command ended with {status}\n")
+
+    def test_store_fails_before(self, run: Run, tmp_path: Path) -> None:
+        """69, one line, and the command does not run."""
+        url = f"sqlite:{tmp_path}/missing/jobs.db"
+        status, out, err = run("run", UID, VAULT, "--store", url, "--", "echo", "ran")
+        assert (status, out, err.count("\n")) == (69, "", 1)
+        assert err.startswith("joblock: OperationalError: ")
+
+    def test_store_fails_in_acquire(self, run: Run, store: SqliteBlobStore, path: Path) -> None:
+        """69 again, when the store could be opened."""
+        store.set(KEY, "{}")
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute(
+                "CREATE TRIGGER no BEFORE UPDATE ON joblock BEGIN SELECT RAISE(FAIL, 'no'); END"
+            )
+        status, out, err = run("run", UID, VAULT, "--", "echo", "ran")
+        assert (status, out) == (69, "")
+        assert err == f"joblock: IntegrityError: {path}: no\n"
+
+    @pytest.mark.parametrize("expected", [0, 5])
+    def test_store_fails_in_release(self, run: Run, path: Path, expected: int) -> None:
+        """The command has run: its status counts, and one line says that the lock stays."""
+        code = f"import sqlite3; sqlite3.connect({str(path)!r}).execute('DROP TABLE joblock')"
+        script = f"{sys.executable} -c {shlex.quote(code)}; exit {expected}"
+        status, out, err = run("run", UID, VAULT, "--", "sh", "-c", script)
+        assert (status, out) == (expected, "")
+        assert "joblock: the lock was not released and will expire: OperationalError: " in err
+
+    def test_signals_are_passed_on(self, run: Run) -> None:
+        """And this process has its own handlers back."""
+        before = signal.getsignal(signal.SIGTERM)
+        script = "kill -TERM $PPID; exec sleep 60"
+        assert run("run", UID, VAULT, "--", "sh", "-c", script) == (143, "", "")
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert run("peek", UID, VAULT)[0] == 1
+
+    def test_signal_while_acquiring(self, run: Run, store: SqliteBlobStore, path: Path) -> None:
+        """The command is not started, and the lock is released."""
+        before = signal.getsignal(signal.SIGTERM)
+
+        def interrupt(other: sqlite3.Connection) -> None:
+            while signal.getsignal(signal.SIGTERM) == before:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            other.execute("ROLLBACK")  # from now on the acquire can go on
+
+        def block() -> None:
+            other.execute("BEGIN IMMEDIATE")
+            thread.start()
+
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        thread = threading.Thread(target=interrupt, args=(other,))
+        _on_event["socket.gethostname"] = block  # the last event before the acquire
+        with contextlib.closing(other):
+            assert run("run", UID, VAULT, "--", "echo", "ran") == (143, "", "")
+            thread.join()
+        assert store.get(KEY) is None
+
+    def test_a_child_of_before(self, run: Run) -> None:
+        """A process that was not started here, and ends, does not stop the command's start."""
+        _on_event["socket.gethostname"] = lambda: os.kill(os.getpid(), signal.SIGCHLD)
+        assert run("run", UID, VAULT, "--", "echo", "ran") == (0, "ran\n", "")
+
+    def test_signal_while_starting(self, run: Run, store: SqliteBlobStore) -> None:
+        """It reaches the command once that has started."""
+        _on_event["subprocess.Popen"] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        assert run("run", UID, VAULT, "--", "sleep", "60") == (143, "", "")
+        assert store.get(KEY) is None
+
+    def test_a_signal_that_cannot_be_sent(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """One line, and the command is waited for all the same."""
+        with subprocess.Popen(["true"]) as ended:
+            ended.wait()
+        cli._send(ended.pid, signal.SIGTERM, own_group=True)
+        line = "joblock: the command did not get signal 15: No such process\n"
+        assert capsys.readouterr().err == line
+
+    def test_which_group_has_the_terminal(self, tmp_path: Path) -> None:
+        """None where there is no terminal, or one that is not this process's."""
+        assert cli._foreground_group(tmp_path / "missing") is None
+        master, slave = os.openpty()
+        try:
+            assert cli._foreground_group(Path(os.ttyname(slave))) is None
+        finally:
+            os.close(master)
+            os.close(slave)
+
+
+class TestPeek:
+    def test_live(self, run: Run, store: SqliteBlobStore) -> None:
+        """Status 0 and a table; what is not known is left out."""
+        now = epoch_ms()
+        put(
+            store,
+            reason="re-index",
+            chunks_to_embed=120,
+            estimated_seconds=90,
+            started_at=now - 180_000,
+            expires_at=now + 720_000,
+        )
+        status, out, err = run("peek", UID, VAULT)
+        assert (status, err) == (0, "")
+        assert re.sub(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", "DATE", out) == (
+            "lock      user-1 / Business\n"
+            "state     live\n"
+            "job       job-1\n"
+            "reason    re-index\n"
+            "chunks    120\n"
+            "estimate  90 s\n"
+            "started   DATE (3 minutes ago)\n"
+            "expires   DATE (in 12 minutes)\n"
+        )
+
+    def test_none(self, run: Run) -> None:
+        """Status 1; as JSON, null."""
+        assert run("peek", UID, VAULT) == (1, "no lock of user-1 / Business\n", "")
+        assert run("peek", UID, VAULT, "--json") == (1, "null\n", "")
+
+    def test_expired(self, run: Run, store: SqliteBlobStore) -> None:
+        """Status 2, and the table says what happens next."""
+        put(store, actor_uid="host-a", started_at=1, expires_at=1000)
+        status, out, _ = run("peek", UID, VAULT)
+        assert status == 2
+        assert "state     expired: the next run takes it over\n" in out
+        assert "actor     host-a\n" in out
+        assert "expires   1970-01-01 00:00:01 UTC (" in out
+        assert run("peek", UID, VAULT, "--json")[0] == 2
+
+    def test_hostile_text(self, run: Run, store: SqliteBlobStore) -> None:
+        """Escapes, newlines, overrides and floods cannot act on a terminal or forge a row."""
+        reason = "\x1b[2J\nstate     live\r\x7f\x9b\u202e\u2028" + "x" * 10_000
+        put(store, job_id="\ud800\x1b", reason=reason, expires_at=1)
+        _, out, _ = run("peek", UID, VAULT)
+        assert sum(line.startswith("state") for line in out.splitlines()) == 1
+        assert "reason    \\x1b[2J\\nstate     live\\r\\x7f\\x9b\\u202e\\u2028xxx" in out
+        assert out.isascii() and out.replace("\n", "").isprintable() and len(out) < 1000
+
+    def test_hostile_json(self, run: Run, store: SqliteBlobStore) -> None:
+        """As JSON everything is there, and nothing that a terminal acts on."""
+        reason = "\x1b[2J\n\x7f\x9b\u202e" + "x" * 10_000
+        put(store, reason=reason, expires_at=1)
+        _, out, _ = run("peek", UID, VAULT, "--json")
+        assert json.loads(out)["reason"] == reason
+        assert out.isascii() and out[:-1].isprintable() and out.endswith("}\n")
+
+    @pytest.mark.parametrize("ms", [1e300, -1e300, 10**300, 1e17])
+    def test_times_beyond_the_calendar(self, run: Run, store: SqliteBlobStore, ms: float) -> None:
+        """The store may hold any number; it is printed as it is."""
+        put(store, started_at=1, expires_at=ms)
+        status, out, _ = run("peek", UID, VAULT)
+        assert status == (0 if ms > 0 else 2)
+        assert f"expires   {ms:g} ms after 1970\n" in out
+
+    def test_a_terminal_of_few_letters(
+        self, run: Run, store: SqliteBlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What standard output cannot encode is escaped."""
+        put(store, reason="caf\u00e9", expires_at=1)
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+        assert run("peek", UID, VAULT)[0] == 2
+        assert b"reason    caf\\xe9\n" in written.getvalue()
+
+    def test_nobody_reads(
+        self, run: Run, store: SqliteBlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A pipe whose reader has gone is no error, and the answer is still the status."""
+        put(store, expires_at=1)
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w", encoding="utf-8") as pipe:
+            monkeypatch.setattr(sys, "stdout", pipe)
+            assert run("peek", UID, VAULT) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"),
+    [
+        (0, "now"),
+        (-499, "now"),
+        (1000, "in 1 second"),
+        (-1000, "1 second ago"),
+        (-119_000, "119 seconds ago"),
+        (120_000, "in 2 minutes"),
+        (959_900, "in 16 minutes"),
+        (7_200_000, "in 2 hours"),
+        (-172_800_000, "2 days ago"),
+    ],
+)
+def test_ages_in_words(ms: float, words: str) -> None:
+    """In the largest unit of which there are at least two."""
+    assert cli._distance(ms) == words
+
+
+class TestRelease:
+    def test_by_its_id(self, run: Run, store: SqliteBlobStore) -> None:
+        """Only that job's lock."""
+        put(store, expires_at=epoch_ms() + 60_000)
+        assert run("release", UID, VAULT, "--job-id", "job-2") == (
+            1,
+            "",
+            "joblock: nothing removed: the lock is another job's (see joblock peek)\n",
+        )
+        assert run("release", UID, VAULT, "--job-id", "job-1") == (
+            0,
+            "removed the lock of user-1 / Business, job job-1\n",
+            "",
+        )
+        assert store.get(KEY) is None
+        gone = (1, "", "joblock: no lock of user-1 / Business\n")
+        assert run("release", UID, VAULT, "--job-id", "job-1") == gone
+        assert run("release", UID, VAULT, "--force") == gone
+
+    @pytest.mark.parametrize("job_id", ["job-1", "", None])
+    def test_by_force(self, run: Run, store: SqliteBlobStore, job_id: str | None) -> None:
+        """It shows what it removed, also a lock without a job id."""
+        put(store, job_id=job_id, reason="stuck", expires_at=1)
+        status, out, err = run("release", UID, VAULT, "--force")
+        assert (status, err) == (0, "")
+        assert out.startswith("removed:\nlock      user-1 / Business\nstate     expired")
+        assert "reason    stuck\n" in out
+        assert store.get(KEY) is None
+
+    def test_force_in_a_race(self, run: Run, store: SqliteBlobStore, path: Path) -> None:
+        """A job that starts between the look and the removal keeps its lock."""
+        put(store, expires_at=1)
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            # The delete of what was read finds another job's record in its place.
+            other.execute(
+                """CREATE TRIGGER race BEFORE DELETE ON joblock WHEN OLD.etag != 'new' BEGIN
+                UPDATE joblock SET etag = 'new', value = '{"jobId":"job-2"}';
+                SELECT RAISE(IGNORE); END"""
+            )
+        status, out, err = run("release", UID, VAULT, "--force")
+        assert (status, out) == (1, "")
+        assert "the lock is another job's" in err
+        record = peek_job_lock(store, UID, VAULT)
+        assert record is not None and record.job_id == "job-2"
+
+
+class TestDoctor:
+    def test_all_is_well(self, run: Run, store: SqliteBlobStore) -> None:
+        """A line for each finding, and status 0."""
+        status, out, err = run("doctor")
+        assert (status, err) == (0, "")
+        assert len(out.splitlines()) > 5
+        assert all(line.startswith("ok    ") for line in out.splitlines())
+
+    def test_a_store_that_forgets_its_conditions(self, run: Run, store: object, path: Path) -> None:
+        """FAIL, the line that says what, and status 1."""
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute(
+                "CREATE TRIGGER no BEFORE UPDATE ON joblock BEGIN SELECT RAISE(FAIL, 'no'); END"
+            )
+        status, out, _ = run("doctor")
+        assert status == 1
+        assert re.search("^FAIL  ", out, re.MULTILINE)
+        assert re.search("^ok    ", out, re.MULTILINE)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "",
+            "frobnicate",
+            "run user-1 Business",
+            "run user-1 Business --",
+            "run user-1 -- true",
+            "run user-1 a/b -- true",
+            "run user-1 Business --ttl 16 -- true",
+            "run user-1 Business --ttl 0s -- true",
+            "run user-1 Business --ttl 9000h -- true",
+            "run user-1 Business --grace 1m1h -- true",
+            "run user-1 Business --ttl '' -- true",
+            "run user-1 Business --tt 1s -- true",
+            "run user-1 Business --store floppy:a -- true",
+            "peek user-1",
+            "peek user-1 ..",
+            "peek '' Business",
+            "peek user-1 Business --store ''",
+            "release user-1 Business",
+            "release user-1 Business --force --job-id job-1",
+            "release user-1 Business --job-id ''",
+            "doctor more",
+            "peek \x1b[2J \n extra",
+        ],
+    )
+    def test_mistakes(self, run: Run, line: str) -> None:
+        """64 and one clean line, no traceback."""
+        status, out, err = run(*shlex.split(line))
+        assert (status, out) == (64, "")
+        assert err.startswith("joblock: ")
+        assert err[:-1].isprintable() and err.endswith("\n")
+
+    @pytest.mark.parametrize(
+        ("text", "ms"),
+        [
+            ("90s", 90_000),
+            ("16m", 960_000),
+            ("2h", 7_200_000),
+            ("1h30m", 5_400_000),
+            ("500ms", 500),
+            ("1h2m3s4ms", 3_723_004),
+            ("8760h", 31_536_000_000),
+        ],
+    )
+    def test_durations(self, text: str, ms: int) -> None:
+        """Hours, minutes, seconds and milliseconds, up to a year."""
+        assert cli._duration(text) == ms
+
+    def test_the_default_ttl(self, run: Run) -> None:
+        """Sixteen minutes, as the library's."""
+        peek = f"exec {sys.executable} -m joblock peek {UID} {VAULT} --json"
+        record = json.loads(run("run", UID, VAULT, "--", "sh", "-c", peek)[1])
+        assert record["expiresAt"] - record["startedAt"] == 960_000
+
+    def test_secrets_of_urls_are_not_shown(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """An SDK's error may quote a signed URL."""
+        cli._say("GET https://me:pass@host/a?sig=abc&x=1 failed: why? because")
+        assert capsys.readouterr().err == (
+            "joblock: GET https://...@host/a?... failed: why? because\n"
+        )
+
+    def test_nobody_reads_the_errors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What cannot be said must not end a run."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb", buffering=0) as pipe:
+            errors = io.TextIOWrapper(pipe, encoding="utf-8", write_through=True)
+            monkeypatch.setattr(sys, "stderr", errors)
+            assert cli.main(["frobnicate"]) == 64
+
+    def test_interrupted(self, run: Run) -> None:
+        """Ctrl-C while the store is asked: no traceback, and a shell's status."""
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        _on_event["sqlite3.connect"] = interrupt
+        assert run("peek", UID, VAULT) == (130, "", "")
+
+
+class TestTheDefaultStore:
+    def test_a_file_in_the_state_folder(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Made for its user alone, and found again by the next command."""
+        monkeypatch.delenv("JOBLOCK_STORE")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("USERPROFILE", str(tmp_path))
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        assert run("run", UID, VAULT, "--", "true") == (0, "", "")
+        folder = cli._state_folder(sys.platform, os.environ)
+        assert tmp_path in folder.parents
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        with SqliteBlobStore(folder / "jobs.db") as store:
+            acquired(acquire_job_lock(store, UID, VAULT))
+        assert run("peek", UID, VAULT)[0] == 0
+
+    @pytest.mark.parametrize(
+        ("platform", "environ", "expected"),
+        [
+            ("linux", {}, "HOME/.local/state/joblock"),
+            ("linux", {"XDG_STATE_HOME": ""}, "HOME/.local/state/joblock"),
+            ("linux", {"XDG_STATE_HOME": "relative"}, "HOME/.local/state/joblock"),
+            ("linux", {"XDG_STATE_HOME": "/state"}, "/state/joblock"),
+            ("darwin", {}, "HOME/Library/Application Support/joblock"),
+            ("win32", {"LOCALAPPDATA": "/local"}, "/local/joblock"),
+            ("win32", {}, "HOME/AppData/Local/joblock"),
+        ],
+    )
+    def test_where(self, platform: str, environ: dict[str, str], expected: str) -> None:
+        """Each platform's own place; a relative XDG_STATE_HOME counts as none."""
+        expected = expected.replace("HOME", str(Path.home()), 1)
+        assert cli._state_folder(platform, environ) == Path(expected)
+
+    def test_no_home(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One line, as for any store that cannot be named."""
+        monkeypatch.delenv("JOBLOCK_STORE")
+        monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+        monkeypatch.setenv("HOME", "~")
+        status, out, err = run("peek", UID, VAULT)
+        assert (status, out, err.count("\n")) == (64, "", 1)
+        assert "home" in err
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", ["", "run", "peek", "release", "doctor"])
+    def test_examples_run_as_they_stand(self, run: Run, command: str) -> None:
+        """In a shell that has the command; the lock is free, so two of them find nothing."""
+        status, out, err = run(*command.split(), "--help")
+        assert (status, err) == (0, "")
+        example = out.split("example:\n  ")[1].strip()
+        shell = f'joblock() {{ {sys.executable} -m joblock "$@"; }}; {example}'
+        ran = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+        assert ran.returncode == (1 if command in ("peek", "release") else 0)
+        assert "joblock" not in ran.stderr or command == "release"
+        assert ran.stdout == "index rebuilt\n" or command not in ("", "run")
+
+    def test_version(self, run: Run) -> None:
+        """As the package's."""
+        assert run("--version") == (0, f"joblock {cli.__version__}\n", "")
+
+    def test_python_dash_m(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`python -m joblock` is the same command; an import of it does nothing."""
+        monkeypatch.setattr(sys, "argv", ["joblock", "--version"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("joblock", run_name="__main__")
+        assert ended.value.code == 0
+        assert capsys.readouterr().out == f"joblock {cli.__version__}\n"
+        importlib.import_module("joblock.__main__")
+        assert capsys.readouterr().out == ""
+
+    def test_import_joblock_does_not_pay_for_it(self) -> None:
+        """The library's users import no command line."""
+        code = "import sys, joblock; print(*sys.modules)"
+        modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+        assert "joblock" in modules
+        assert not {"joblock.cli", "argparse", "subprocess"} & set(modules)
