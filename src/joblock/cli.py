@@ -36,7 +36,7 @@ from . import (
     release_job_lock,
 )
 from .conformance import check_store
-from .hold import HeldLock
+from .hold import HeldJobLock
 from .record import epoch_ms
 from .store import BlobStore
 from .stores import open_store
@@ -131,7 +131,7 @@ def _run(args: argparse.Namespace) -> int:
     return status
 
 
-def _attend(command: list[str], lock: HeldLock, signals: Signals, grace_s: float) -> int:
+def _attend(command: list[str], lock: HeldJobLock, signals: Signals, grace_s: float) -> int:
     """Run the command to its end and return its status; pass on signals, stop it if lock is lost.
 
     At a terminal the command stays in this process's group: it can read the terminal, and Ctrl-C
