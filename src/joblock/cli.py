@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.command:
         raise CommandError(USAGE, "run: a command is needed after `--` (see joblock run --help)")
     store = _open(args.store)
-    status: int | None = None
+    status = UNAVAILABLE  # until the command has ended
     with _log_to_stderr(), _signals() as signals:
         try:
             with hold_job_lock(
@@ -123,11 +123,8 @@ def _run(args: argparse.Namespace) -> int:
         except JobLockHeldError as error:
             raise CommandError(HELD, _held_by(args, error.existing)) from error
         except JobLockLostError as error:
-            raise CommandError(LOST, f"{error}; the command ended with {status}") from error
-        except Exception as error:
-            if status is None:
-                raise
-            _say(f"the lock was not released and will expire: {type(error).__name__}: {error}")
+            line = f"the lock was lost; the command ended with {status}"
+            raise CommandError(LOST, line) from error
     return status
 
 

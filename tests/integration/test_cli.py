@@ -32,7 +32,6 @@ Terminal: TypeAlias = Callable[..., tuple[Process, int]]
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteBlobStore]:
     """The store that every process of the test uses."""
     monkeypatch.setenv("JOBLOCK_STORE", f"sqlite:{tmp_path / 'jobs.db'}")
-    monkeypatch.delenv("PYTHONPATH", raising=False)
     with SqliteBlobStore(tmp_path / "jobs.db") as store:
         yield store
 
@@ -195,7 +194,8 @@ class TestWithoutATerminal:
         store.set(KEY, other)
         out, err = process.communicate(timeout=DEADLINE_S)
         assert (process.returncode, out) == (76, "" if ended_with else "cleaned\n")
-        assert f"lock_owned_by_other_job; the command ended with {ended_with}\n" in err
+        assert "lost its lock: lock_owned_by_other_job" in err
+        assert err.endswith(f"joblock: the lock was lost; the command ended with {ended_with}\n")
         assert "Traceback" not in err
         assert store.get(KEY) == other
 
