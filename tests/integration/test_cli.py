@@ -22,10 +22,11 @@ from tests.support import KEY, UID, VAULT, held
 
 JOBLOCK = [sys.executable, "-m", "joblock"]
 DEADLINE_S = 60
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
 
 Process: TypeAlias = "subprocess.Popen[str]"
 Start: TypeAlias = Callable[..., Process]
-Terminal: TypeAlias = Callable[..., tuple[Process, int]]
+Terminal: TypeAlias = Callable[..., tuple[Process, int, int]]
 
 
 @pytest.fixture
@@ -41,16 +42,14 @@ def start(store: SqliteBlobStore) -> Iterator[Start]:
     """Starts `joblock run OPTIONS... -- sh -c SCRIPT` in a session of its own, as cron does."""
     processes: list[Process] = []
 
-    def start(
-        script: str, *options: str, preexec_fn: Callable[[], object] | None = None
-    ) -> Process:
+    def start(script: str, *options: str, ignoring: list[int] | None = None) -> Process:
         process = subprocess.Popen(
             [*JOBLOCK, "run", UID, VAULT, *options, "--", "sh", "-c", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=preexec_fn,
+            preexec_fn=lambda: heed_all_signals(ignoring or []),
             text=True,
         )
         processes.append(process)
@@ -59,7 +58,16 @@ def start(store: SqliteBlobStore) -> Iterator[Start]:
     yield start
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def heed_all_signals(but: list[int]) -> None:
+    """Whoever started the tests may have them ignored: nohup, or a shell in the background."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN if signum in but else signal.SIG_DFL)
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -93,22 +101,21 @@ class TestWithoutATerminal:
         assert (result.returncode, result.stdout, result.stderr) == (0, b"\x00\xff\r\n", b"error\n")
         assert store.get(KEY) is None
 
-    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"])
+    @pytest.mark.parametrize("signum", SIGNALS)
     def test_signals_reach_the_command_and_its_children(
-        self, start: Start, store: SqliteBlobStore, name: str
+        self, start: Start, store: SqliteBlobStore, signum: int
     ) -> None:
         """Sent to joblock alone; nothing goes on, and the lock is free."""
         # `exec` and Python because sh makes its background jobs ignore SIGINT.
         code = (
             "import os, signal, subprocess, sys, time;"
             "signal.signal(signal.SIGINT, signal.SIG_DFL);"
-            "child = subprocess.Popen(['sleep', '600']);"
+            "child = subprocess.Popen(['sleep', '90']);"
             "print('ready', flush=True);"
-            "time.sleep(600)"
+            "time.sleep(90)"
         )
         process = start(f'exec {sys.executable} -c "{code}"')
         assert line(process.stdout) == "ready\n"
-        signum = getattr(signal, name)
         process.send_signal(signum)
         assert process.communicate(timeout=DEADLINE_S) == ("", "")  # once no process can write
         assert process.returncode == 128 + signum
@@ -133,7 +140,7 @@ class TestWithoutATerminal:
         """As under nohup: neither joblock nor the command ends."""
         process = start(
             "echo ready; read go; echo done",
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+            ignoring=[signal.SIGHUP],
         )
         assert line(process.stdout) == "ready\n"
         process.send_signal(signal.SIGHUP)
@@ -142,7 +149,7 @@ class TestWithoutATerminal:
 
     def test_a_killed_run_is_taken_over(self, start: Start, store: SqliteBlobStore) -> None:
         """SIGKILL frees nothing; when the lease is over, and not before, the next run goes on."""
-        process = start("echo $$; exec sleep 600", "--ttl", "2s")
+        process = start("echo $$; exec sleep 90", "--ttl", "2s")
         command = int(line(process.stdout))
         process.kill()
         process.wait(DEADLINE_S)
@@ -162,7 +169,7 @@ class TestWithoutATerminal:
 
     def test_a_killed_run_is_held(self, start: Start) -> None:
         """Until then the next run is refused."""
-        process = start("echo $$; exec sleep 600")
+        process = start("echo $$; exec sleep 90")
         command = int(line(process.stdout))
         process.kill()
         process.wait(DEADLINE_S)
@@ -180,7 +187,7 @@ class TestWithoutATerminal:
                 "60s",
                 0,
             ),
-            ("trap '' TERM; echo ready; exec sleep 600", "50ms", 137),
+            ("trap '' TERM; echo ready; exec sleep 90", "50ms", 137),
         ],
         ids=["ends", "ignores"],
     )
@@ -237,18 +244,18 @@ class TestAtATerminal:
         master, slave = os.openpty()
         processes: list[Process] = []
 
-        def start(script: str, joblock: list[str] = JOBLOCK) -> tuple[Process, int]:
+        def start(script: str, joblock: list[str] = JOBLOCK) -> tuple[Process, int, int]:
             process = subprocess.Popen(
                 [*joblock, "run", UID, VAULT, "--", "sh", "-c", script],
                 stdin=slave,
                 stdout=slave,
                 stderr=slave,
                 start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                preexec_fn=take_terminal,
                 text=True,
             )
             processes.append(process)
-            return process, master
+            return process, master, slave
 
         yield start
         for process in processes:
@@ -259,18 +266,27 @@ class TestAtATerminal:
 
     def test_keys_and_input(self, terminal: Terminal, store: SqliteBlobStore) -> None:
         """The command reads the terminal, and gets each Ctrl-C once, not also from joblock."""
-        process, master = terminal(
-            "trap 'echo one interrupt' INT; trap 'echo end; exit 5' TERM; "
-            "read name; echo hello $name; while :; do sleep 0.05; done"
+        code = (
+            "import signal, sys, time;"
+            "signal.signal(signal.SIGINT, lambda *_: print('one interrupt', flush=True));"
+            "ended = [];"
+            "signal.signal(signal.SIGTERM, lambda *_: ended.append(5));"
+            "print('hello', input(), flush=True);"
+            "[time.sleep(0.01) for _ in iter(lambda: ended, [5])];"
+            "sys.exit(5)"
         )
+        process, master, slave = terminal(f'exec {sys.executable} -c "{code}"')
         os.write(master, b"operator\n")
         shown = read_until(master, "hello operator\r\n")
+        process.send_signal(signal.SIGSTOP)  # the command shall be done with the first by then
         os.write(master, b"\x03")
         shown += read_until(master, "one interrupt\r\n")
+        process.send_signal(signal.SIGCONT)
         # What joblock passes on it passes on in order: a second interrupt would come first.
         process.send_signal(signal.SIGTERM)
-        shown += read_until(master, "end\r\n")
         assert process.wait(DEADLINE_S) == 5
+        os.write(slave, b"the end")
+        shown += read_until(master, "the end")
         assert shown.count("one interrupt") == 1
         assert store.get(KEY) is None
 
@@ -283,7 +299,7 @@ class TestAtATerminal:
         signum: int,
     ) -> None:
         """Ctrl-C, or SIGQUIT's key: joblock releases the lock and has the command's status."""
-        process, master = terminal("ulimit -c 0; echo ready; exec sleep 600")
+        process, master, _ = terminal("ulimit -c 0; echo ready; exec sleep 90")
         shown = read_until(master, "ready\r\n")
         os.write(master, key)
         assert process.wait(DEADLINE_S) == 128 + signum
@@ -300,9 +316,14 @@ class TestAtATerminal:
             " and os.kill(os.getpid(), signal.SIGINT));"
             "sys.exit(cli.main())"
         )
-        process, _ = terminal("exec sleep 600", [sys.executable, "-c", interrupted])
+        process, *_ = terminal("exec sleep 90", [sys.executable, "-c", interrupted])
         assert process.wait(DEADLINE_S) == 130
         assert store.get(KEY) is None
+
+
+def take_terminal() -> None:
+    heed_all_signals([])
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def read_until(master: int, text: str) -> str:
