@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import KEY, UID, VAULT, held
 
 JOBLOCK = [sys.executable, "-m", "joblock"]
-DEADLINE_S = 60
+DEADLINE_S = 30
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
 
 Process: TypeAlias = "subprocess.Popen[str]"
@@ -329,6 +330,7 @@ def take_terminal() -> None:
 def read_until(master: int, text: str) -> str:
     shown = ""
     while text not in shown:
+        assert select.select([master], [], [], DEADLINE_S)[0], shown
         shown += os.read(master, 1000).decode()
     return shown
 
