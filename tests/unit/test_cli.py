@@ -178,12 +178,27 @@ class TestRun:
         assert "could not release 'index-jobs/user-1/Business.json'" in err
 
     def test_signals_are_passed_on(self, run: Run) -> None:
-        """And this process has its own handlers back."""
+        """Each of them, and this process has its own handlers back."""
         before = signal.getsignal(signal.SIGTERM)
-        script = "kill -TERM $PPID; exec sleep 60"
-        assert run("run", UID, VAULT, "--", "sh", "-c", script) == (143, "", "")
+        script = (
+            "ask() { got=; kill -TERM $PPID; while [ -z $got ]; do sleep 0.05; done; }; "
+            "trap 'got=1' TERM; ask; ask; ask; exit 9"
+        )
+        assert run("run", UID, VAULT, "--", "sh", "-c", script)[:2] == (9, "")
         assert signal.getsignal(signal.SIGTERM) == before
         assert run("peek", UID, VAULT)[0] == 1
+
+    def test_the_end_of_a_child_is_not_passed_on(self, run: Run) -> None:
+        """The command's own SIGCHLD handler hears only of its own children."""
+        code = (
+            "import os, signal, time\n"
+            "signal.signal(signal.SIGCHLD, lambda *_: os._exit(9))\n"
+            "os.kill(os.getppid(), signal.SIGCHLD)\n"
+            "time.sleep(0.2)\n"
+            "os.kill(os.getppid(), signal.SIGTERM)\n"
+            "time.sleep(60)\n"
+        )
+        assert run("run", UID, VAULT, "--", sys.executable, "-c", code) == (143, "", "")
 
     def test_signal_while_acquiring(self, run: Run, store: SqliteBlobStore, path: Path) -> None:
         """The command is not started, and the lock is released."""
