@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from joblock import Blob, MemoryBlobStore, acquire_job_lock
+from joblock import Blob, MemoryBlobStore, acquire_job_lock, peek_job_lock
 from joblock.store import is_conditional
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-HANDLER, WORKER, OPEN, OWN_STORE = PYTHON
+HANDLER, WORKER, HOLD, OPEN, CHECK, OWN_STORE = PYTHON
 
 
 def test_the_handler() -> None:
@@ -55,6 +55,35 @@ def test_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(WORKER, scope | {"job_id": lock.job_id})  # noqa: S102
         assert store.get("index-jobs/u/v.json") is None
     assert built == [("u", "v")]
+
+
+def test_the_worker_that_holds() -> None:
+    """It embeds each part under the lock, and gives the other job's id if it is held."""
+    store = MemoryBlobStore()
+    embedded: list[tuple[str, str | None]] = []
+
+    def embed(part: str, job_id: str) -> None:
+        record = peek_job_lock(store, "u", "v")
+        assert record is not None
+        assert record.job_id == job_id
+        embedded.append((part, scope["rebuild"](store, "u", "v")))
+
+    def parts(user: str, vault: str) -> list[str]:
+        return ["a", "b"] if (user, vault) == ("u", "v") else []
+
+    scope: dict[str, Any] = {"parts": parts, "embed": embed}
+    exec(HOLD, scope)  # noqa: S102
+    assert scope["rebuild"](store, "u", "v") is None
+    assert [part for part, _ in embedded] == ["a", "b"]
+    assert all(job_id for _, job_id in embedded)
+    assert list(store) == []
+
+
+def test_the_check_of_a_store() -> None:
+    """It passes for a store that keeps its word."""
+    scope: dict[str, Any] = {"store": MemoryBlobStore()}
+    exec(CHECK, scope)  # noqa: S102
+    assert len(scope["findings"]) > 10
 
 
 def test_the_store_of_ones_own() -> None:
