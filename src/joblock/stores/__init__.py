@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def open_store(url: str) -> ConditionalBlobStore:
 
 
 def _place(rest: str) -> tuple[str, str]:
-    slashes, name, prefix = rest[:2], *rest[2:].partition("/")[::2]
-    if slashes != "//" or not name or "@" in name:
+    place = re.fullmatch("//([^/@]+)(?:/(.*))?", rest)
+    if place is None:
         raise ValueError(f"a store is {_URLS}")
-    return name, prefix if prefix.endswith("/") or not prefix else f"{prefix}/"
+    name, prefix = place.groups(default="")
+    return name, f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
