@@ -473,6 +473,16 @@ class TestHolding:
             hold(store, pytest.fail, renew_every_ms=every, ttl_ms=1000)
         assert store.calls == []
 
+    def test_the_default_interval_is_a_third_of_the_ttl(self, hold: Hold) -> None:
+        """So that an outage of two renewals is survived."""
+        waits: list[float] = []
+
+        def body(lock: HeldJobLock) -> None:
+            waits.append(lock._keeper.lease.wait_ms(monotonic_ms()))
+
+        hold(MemoryBlobStore(), body, ttl_ms=HOUR)
+        assert HOUR / 4 < waits[0] <= HOUR / 3
+
     @pytest.mark.parametrize("ttl", [0, -5, "minute", None, float("nan")])
     def test_a_ttl_that_cannot_be_is_the_default(self, hold: Hold, ttl: Any) -> None:
         """As in acquire, also for the interval and for the renewals."""
@@ -881,6 +891,30 @@ class TestATask:
             with pytest.raises(asyncio.CancelledError) as caught:
                 await job()
             assert "lock_already_gone" in caught.value.__notes__[0]
+
+        run(main)
+
+    def test_a_loss_that_is_found_while_a_cancellation_waits(self) -> None:
+        """The body had ended normally, but the cancellation comes first and carries the note."""
+
+        async def main(store: AsyncFlaky) -> None:
+            store.hanging = "release"
+
+            async def job() -> list[str]:
+                try:
+                    async with aio.hold_job_lock(store, UID, VAULT):
+                        pass
+                except asyncio.CancelledError as error:
+                    return error.__notes__
+                return []
+
+            task = asyncio.create_task(job())
+            await store.called.wait()
+            task.cancel()
+            await store.delete(KEY)
+            store.answer.set()
+            (note,) = await task
+            assert "lock_already_gone" in note
 
         run(main)
 
