@@ -117,9 +117,9 @@ def test_a_killed_holder_is_taken_over_within_one_ttl(tmp_path: Path) -> None:
 import sys, time, joblock
 from joblock.stores.sqlite import SqliteBlobStore
 path, uid, vault = sys.argv[1:]
-with joblock.hold_job_lock(SqliteBlobStore(path), uid, vault, ttl_ms=3000) as lock:
+with joblock.hold_job_lock(SqliteBlobStore(path), uid, vault, ttl_ms=1500) as lock:
     while True:
-        print(lock.job_id, int(lock.record.expires_at > lock.record.started_at + 3000), flush=True)
+        print(lock.job_id, int(lock.record.expires_at > lock.record.started_at + 1500), flush=True)
         time.sleep(0.05)
 """
     holder = subprocess.Popen(
@@ -137,7 +137,7 @@ with joblock.hold_job_lock(SqliteBlobStore(path), uid, vault, ttl_ms=3000) as lo
             left = peek_job_lock(store, UID, VAULT)
             assert left is not None
             assert left.expires_at is not None
-            assert left.expires_at <= time.time() * 1000 + 3000
+            assert left.expires_at <= time.time() * 1000 + 1500
             time.sleep(max(0, left.expires_at / 1000 - time.time()))
             with hold_job_lock(store, UID, VAULT) as lock:
                 assert lock.took_over == left
