@@ -1,11 +1,31 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.backends import Backends
 from tests.support import Api, AsyncApi, Clock, SyncApi
+
+
+def _trace_threads_in_turn(trace: Callable[..., object]) -> None:
+    """CPython 3.11 kills a thread that begins to be traced while another one does."""
+    run = threading.Thread.run
+    turn = threading.Lock()
+
+    def traced_run(self: threading.Thread) -> None:
+        with turn:
+            trace(sys._getframe(), "call", None)
+        run(self)
+
+    threading.settrace(None)
+    setattr(threading.Thread, "run", traced_run)  # noqa: B010
+
+
+if sys.version_info < (3, 12) and (measuring := threading.gettrace()) is not None:
+    _trace_threads_in_turn(measuring)
 
 
 @pytest.fixture(params=[SyncApi, AsyncApi], ids=["sync", "async"])

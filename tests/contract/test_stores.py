@@ -101,7 +101,7 @@ def store(
 
 def at_once(act: Callable[[str], T]) -> list[T]:
     """What `act` returned in each of many threads that started together, given their numbers."""
-    barrier = threading.Barrier(THREADS)
+    barrier = threading.Barrier(THREADS, timeout=60)
 
     def wait_and_act(number: int) -> T:
         barrier.wait()

@@ -269,8 +269,8 @@ class TestAtATerminal:
     def test_keys_and_input(self, terminal: Terminal, store: SqliteBlobStore) -> None:
         """The command reads the terminal, and gets each Ctrl-C once, not also from joblock."""
         code = (
-            "import signal, sys, time;"
-            "signal.signal(signal.SIGINT, lambda *_: print('one interrupt', flush=True));"
+            "import os, signal, sys, time;"
+            "signal.signal(signal.SIGINT, lambda *_: os.write(1, b'one interrupt\\n'));"
             "ended = [];"
             "signal.signal(signal.SIGTERM, lambda *_: ended.append(5));"
             "print('hello', input(), flush=True);"

@@ -205,6 +205,15 @@ def test_a_refusal_of_another_kind_reaches_the_caller(link: Link) -> None:
     assert link.owner() is None
 
 
+def test_a_removal_that_is_forbidden_reaches_the_caller(link: Link) -> None:
+    """The lock stays, and is not said to be gone."""
+    lock = link.taken()
+    link.proxy.answer(403, error(403), XML, when=link.is_removal)
+    with pytest.raises(Exception, match="403|Forbidden"):
+        release_job_lock(link.store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag)
+    assert link.owner() == lock.job_id
+
+
 def test_a_read_that_is_forbidden_reaches_the_caller(link: Link) -> None:
     """It is not "no lock"."""
     link.taken()
@@ -240,6 +249,16 @@ def test_s3_conditional_request_conflict_is_contention(name: str, backends: Back
         assert release_job_lock(
             store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag
         ).released
+
+
+def test_azure_refuses_a_backslash(backends: Backends) -> None:
+    """It takes one for a slash, and two locks would become one; nothing is asked."""
+    backend = backends["azure"]
+    with lossy(backend.url) as proxy, ExitStack() as stack:
+        store = backend.open(stack, backends.new_prefix(), proxy.url)
+        with pytest.raises(ValueError, match="backslash"):
+            acquire_job_lock(store, "a\\b", "c")
+        assert proxy.requests == []
 
 
 def test_time_outs(backends: Backends) -> None:

@@ -242,6 +242,17 @@ def test_connections(edge: Edge) -> None:
     assert len({second, third, in_child}) == 3
 
 
+def test_a_child_leaves_its_parents_connections_alone(edge: Edge) -> None:
+    """In the same process, which is told that it is another one."""
+    edge.says(404)
+    edge.says(404)
+    with at_edge(edge) as store:
+        store.get(KEY)
+        store._http._pid = 0
+        store.get(KEY)
+    assert len(set(edge.ports)) == 2
+
+
 def test_a_connection_that_was_idle_for_long_is_not_used(edge: Edge) -> None:
     """The server may have closed it by now."""
     edge.says(404)
