@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -282,6 +283,16 @@ def test_a_blocking_store_in_an_async_function(
     ):
         asyncio.run(getattr(aio, f"{function}_job_lock")(store, UID, VAULT, **CALLS[function]))
     assert store.calls == []
+
+
+@pytest.mark.parametrize("wrap", [partial, AsyncMock])
+def test_an_async_method_that_is_no_plain_function(wrap: Callable[..., Any]) -> None:
+    """A partial or a mock of an `async def` is as good as one."""
+    view = AsyncView(PlainStore())
+    wrapped = {"get": wrap(view.get), "set": wrap(view.set)}
+    for name, method in wrapped.items():
+        setattr(view, name, method)
+    assert await_now(aio.acquire_job_lock(view, UID, VAULT, uuid_factory=lambda: "a"))
 
 
 @pytest.mark.parametrize("method", ["set", "set_if_new"])
