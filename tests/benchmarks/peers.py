@@ -54,9 +54,12 @@ def open_peers(folder: Path, stack: ExitStack) -> dict[str, Peer | Missing]:
 def _open(make: Callable[[], Peer]) -> Peer | Missing:
     try:
         return make()
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else error
-        return Missing(f"not installed: {missing}")
+    except ModuleNotFoundError as error:
+        return Missing(f"not installed: {error.name}")
+    except FileNotFoundError as error:
+        return Missing(f"not installed: {error}")
+    except ValueError as error:  # sherlock's, of Python 3.13's datetime
+        return Missing(f"fails here: {error}")
 
 
 def _filelock(kind: str, folder: Path) -> Peer:
