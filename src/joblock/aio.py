@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from . import _protocol
 from ._protocol import JOB_LOCK_TTL_MS
-from .hold import HeldJobLock, Keeper, begin
+from .hold import HeldJobLock, Keeper, Once, begin
 from .record import JobLockRecord, epoch_ms
 from .results import Acquired, Held, Lost, ReleaseResult, Renewed
 from .store import (
@@ -175,11 +175,16 @@ def hold_job_lock(
     )
 
 
+_CANCELLING_S = 1.0  # for a store that does not heed it
+
+
 class _Hold:
     def __init__(self, begin: Callable[[], Coroutine[Any, Any, HeldJobLock]]) -> None:
         self._begin = begin
+        self._enter = Once()
 
     async def __aenter__(self) -> HeldJobLock:
+        self._enter()
         self._lock = await self._begin()
         self._ended = asyncio.Event()
         self._task = self._keep()
@@ -209,9 +214,11 @@ class _Hold:
             elif left == 0:
                 self._task.cancel()
             try:
-                await asyncio.wait({self._task}, timeout=left or None)
+                await asyncio.wait({self._task}, timeout=left or _CANCELLING_S)
             except asyncio.CancelledError as error:
                 cancelled = error  # it goes on below: the release comes first
+            if left == 0:
+                break
         keeper.leave(cancelled or exc)
         if cancelled is not None:
             raise cancelled
@@ -226,6 +233,10 @@ async def _keep(keeper: Keeper, holder: weakref.ref[HeldJobLock], ended: asyncio
 
     try:
         await keeper.keep(holder, wait)
+    except asyncio.CancelledError as error:
+        if not ended.is_set():
+            keeper.died(error)
+        raise
     except Exception as error:
         keeper.died(error)
 

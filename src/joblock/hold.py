@@ -63,7 +63,8 @@ class Lease:
         self._granted(begun)
 
     def _granted(self, begun: float) -> None:
-        self.deadline: float = begun + self.ttl_ms
+        # A clock that gives whole milliseconds drops a fraction: the record ends that much sooner.
+        self.deadline: float = begun + self.ttl_ms - 1
         self._due = begun + self._renew_every_ms
 
     def wait_ms(self, now: float) -> float:
@@ -173,13 +174,6 @@ class Keeper:
         self._loss_unlogged = threading.Lock()
         self._release_tried = False
         self._process = process
-        if lease.took_over is not None:
-            self._log.warning(
-                "job %r took over %r from job %r, whose lease expired",
-                lease.job_id,
-                self.key,
-                lease.took_over.job_id,
-            )
 
     def loss(self) -> JobLockLostError | None:
         """The lease's loss; logged once, by whoever notices it first."""
@@ -197,13 +191,21 @@ class Keeper:
 
         `wait` waits for so many seconds or for the end of the body, and says whether that came.
         """
+        if self.lease.took_over is not None:
+            self._log.warning(
+                "job %r took over %r from job %r, whose lease expired",
+                self.lease.job_id,
+                self.key,
+                self.lease.took_over.job_id,
+            )
         while self.loss() is None:
             ended = await wait(self.lease.wait_ms(self._now()) / 1000)
+            if os.getpid() != self._process or self.loss() is not None:
+                return
             if ended or holder() is None:
-                return await self._release()
-            if self.loss() is None:
-                await self._renew()
-        return None
+                await self._release()
+                return
+            await self._renew()
 
     async def _renew(self) -> None:
         begun = self._now()
@@ -374,7 +376,7 @@ def hold_job_lock(
 
     Leaving waits until the store has answered, at the longest until the lease's deadline. A
     release that fails is only logged, since the job is done and its lease will expire. A block
-    that is left in a forked child releases nothing.
+    that is left in a forked child releases nothing. What this returns is for one `with` block.
 
     The logger "joblock" tells of a takeover, a failed renewal or a failed release (WARNING) and
     of a loss (ERROR).
@@ -406,11 +408,25 @@ def hold_job_lock(
     )
 
 
+class Once:
+    """What may be done only once, by whichever thread comes first."""
+
+    def __init__(self) -> None:
+        self._done = threading.Lock()
+
+    def __call__(self) -> None:
+        """Raise RuntimeError unless this is the first call."""
+        if not self._done.acquire(blocking=False):
+            raise RuntimeError("this hold has been entered: call hold_job_lock for another block")
+
+
 class _Hold:
     def __init__(self, begin: Callable[[], Coroutine[Any, Any, HeldJobLock]]) -> None:
         self._begin = begin
+        self._enter = Once()
 
     def __enter__(self) -> HeldJobLock:
+        self._enter()
         self._lock = lock = _run(self._begin())
         self._ended = threading.Event()
         self._keep = partial(_keep, lock._keeper, weakref.ref(lock), self._ended)

@@ -94,7 +94,7 @@ class JobLockRecord(Value):
         assign(self, "reason", reason)
         assign(self, "started_at", started_at)
         assign(self, "expires_at", expires_at)
-        assign(self, "extra", {} if extra is None else extra)
+        assign(self, "extra", {} if extra is None else dict(extra))
 
     def __hash__(self) -> int:
         return hash(self._values()[:-1])  # `extra` is a dict

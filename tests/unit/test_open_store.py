@@ -34,8 +34,10 @@ def test_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("", "there is no ''"),
-        ("jobs.db", "there is no 'jobs.db'"),
+        ("", "a store is sqlite:PATH"),
+        ("jobs.db", "a store is sqlite:PATH"),
+        ("AccountName=a;AccountKey=secret=;", "a store is sqlite:PATH"),
+        ("AccountKey=secret;BlobEndpoint=https://x", "a store is sqlite:PATH"),
         ("redis://user:secret@host", "there is no 'redis'"),
         ("memory:x", "there is no 'memory'"),
         ("sqlite:", "path must name a file"),

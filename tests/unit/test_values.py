@@ -74,7 +74,11 @@ def test_values_are_equal_by_class_and_fields() -> None:
     """Not to a tuple, nor to another class with the same fields."""
     assert Renewed(RECORD, "e") == Renewed(RECORD, "e") != Renewed(RECORD, "f")
     assert joblock.Blob("v", "e") != ("v", "e")
-    assert Held(RECORD) != joblock.Blob("v", "e")
+
+    class Twin(Held):
+        pass
+
+    assert Twin(RECORD) != Held(RECORD)
     assert len({RECORD, RECORD.__replace__(extra={}), RECORD.__replace__()}) == 2
 
 
@@ -89,6 +93,8 @@ def test_a_copy_with_other_fields() -> None:
     later = RECORD.__replace__(expires_at=11_000)
     assert (later.job_id, later.expires_at, later.extra) == ("j", 11_000, {"x": [1]})
     assert later != RECORD
+    later.extra["y"] = 1
+    assert RECORD.extra == {"x": [1]}
     with pytest.raises(TypeError, match="expires"):
         RECORD.__replace__(expires=1)
 

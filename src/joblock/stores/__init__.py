@@ -72,8 +72,9 @@ def open_store(url: str) -> ConditionalBlobStore:
 
                 return open_site_store(rest)
             case _:
-                # Not the whole URL: there may be a password in it.
-                raise ValueError(f"a store is {_URLS}; there is no {scheme!r}")
+                # Not the whole of it: there may be a password in it, or it may be one.
+                given = f"; there is no {scheme!r}" if re.fullmatch("[a-z0-9+]+", scheme) else ""
+                raise ValueError(f"a store is {_URLS}{given}")
     except ModuleNotFoundError as error:
         packages = _PACKAGES[scheme]
         raise ImportError(f"{scheme}: needs a package: python -m pip install {packages}") from error
