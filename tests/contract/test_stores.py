@@ -135,7 +135,7 @@ def test_a_missing_key(store: ConditionalBlobStore) -> None:
     assert store.get(KEY) is None
     assert store.get_with_etag(KEY) is None
     store.delete(KEY)
-    for etag in ("1", '"1"', "0", "*", ""):
+    for etag in ("1", '"1"', "0", "*", "", " ", " *", "\t", "é日"):
         assert store.set_if_match(KEY, "x", etag) is None
         assert store.delete_if_match(KEY, etag) is False
     assert store.get(KEY) is None
@@ -163,7 +163,7 @@ def test_reads_what_was_written(store: ConditionalBlobStore, value: str) -> None
 def test_an_etag_that_never_was(store: ConditionalBlobStore) -> None:
     """Is refused, not taken for a wildcard or for "no such key"."""
     store.set(KEY, "x")
-    for etag in ("99", '"1"', "0", "*", ""):
+    for etag in ("99", '"1"', "0", "*", "", " ", " *", "\t", "é日"):
         assert store.set_if_match(KEY, "y", etag) is None
         assert store.delete_if_match(KEY, etag) is False
     assert text_of(store) == "x"

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from joblock import (
 )
 from tests.backends import NAMES, RETRIES, TOMBSTONE, Backends
 from tests.lossy import Proxy, Request, lossy
+from tests.servers import azure_connection
 from tests.support import UID, VAULT, acquired, held
 
 XML = {"Content-Type": "application/xml"}
@@ -249,6 +252,25 @@ def test_s3_conditional_request_conflict_is_contention(name: str, backends: Back
         assert release_job_lock(
             store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag
         ).released
+
+
+@pytest.mark.parametrize("name", ["s3", "azure", "gcs"])
+def test_a_bucket_that_is_missing_is_not_a_missing_lock(name: str, backends: Backends) -> None:
+    """A wrong name must be told, by a read too."""
+    backend = backends[name]
+    with ExitStack() as stack:
+        store: Any = backend.open(stack, backends.new_prefix())
+        if name == "s3":
+            store._bucket = "missing"
+        elif name == "azure":
+            blob: Any = import_module("azure.storage.blob")
+            make = blob.ContainerClient.from_connection_string
+            store._container = stack.enter_context(make(azure_connection(backend.url), "missing"))
+        else:
+            store._bucket = store._bucket.client.bucket("missing")
+        for ask in (peek_job_lock, acquire_job_lock):
+            with pytest.raises(Exception, match="(?i)bucket|container"):
+                ask(store, UID, VAULT)
 
 
 def test_azure_refuses_a_backslash(backends: Backends) -> None:

@@ -7,9 +7,12 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -265,6 +268,128 @@ def test_a_connection_that_was_idle_for_long_is_not_used(edge: Edge) -> None:
     assert len(set(edge.ports)) == 2
 
 
+@contextmanager
+def raw_server(*answers: tuple[bytes, ...]) -> Generator[str]:
+    """Sends, on each connection, the next answer in so many packets, and then closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for packets in answers:
+                client, _ = server.accept()
+                with client:
+                    client.recv(10_000)
+                    for packet in packets:
+                        client.sendall(packet)
+                        time.sleep(0.1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join()
+
+
+WHOLE = b'HTTP/1.1 200 OK\r\nETag: "9"\r\nContent-Length: 4\r\n\r\nlive'
+
+
+@pytest.mark.parametrize(
+    "first",
+    [(b"HTTP/1.1 103 Early Hints\r\n\r\n", WHOLE), (WHOLE[:-1],), (b"what?\r\n\r\n",), ()],
+    ids=["early hints", "truncated", "no http", "nothing"],
+)
+def test_an_answer_that_is_none_is_asked_for_again(first: tuple[bytes, ...]) -> None:
+    """On another connection: what is still to come on this one must not answer another question."""
+    with (
+        raw_server(first, (WHOLE,)) as url,
+        NetlifyBlobStore("jobs", site_id="s", token=TOKEN, edge_url=url) as store,
+    ):
+        assert store.get_with_etag(KEY) == Blob(b"live", '"9"')
+
+
+def test_connections_that_the_server_has_closed_do_not_use_up_the_attempts() -> None:
+    """One that is found closed says the same of the others."""
+    with (
+        raw_server(*[(WHOLE,)] * 5) as url,
+        NetlifyBlobStore("jobs", site_id="s", token=TOKEN, edge_url=url) as store,
+    ):
+        barrier = threading.Barrier(4, timeout=30)
+
+        def get() -> object:
+            barrier.wait()
+            return store._http.request("GET", url, {}).body
+
+        with ThreadPoolExecutor(4) as threads:
+            assert [each.result() for each in [threads.submit(get) for _ in range(4)]] == [
+                b"live"
+            ] * 4
+        time.sleep(0.2)
+        assert store.get(KEY) == b"live"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "api.netlify.com",
+        "//api.netlify.com",
+        "htps://api.netlify.com",
+        "https://user:secret@api.netlify.com",
+        "https://",
+        "http://[::1/",
+        "https://h:port/",
+    ],
+)
+def test_a_url_that_is_none(edge: Edge, url: str) -> None:
+    """Neither one's own nor a signed one; and it is not shown."""
+    for option in ("api_url", "edge_url"):
+        options: dict[str, Any] = {option: url}
+        with pytest.raises(ValueError, match="https://HOST") as raised:
+            NetlifyBlobStore("jobs", site_id="s", token=TOKEN, **options)
+        assert "secret" not in str(raised.value)
+    edge.says(200, json.dumps({"url": url}).encode())
+    with (
+        NetlifyBlobStore("jobs", site_id="s", token=TOKEN, api_url=edge.url) as store,
+        pytest.raises(NetlifyBlobsError, match="no usable signed URL"),
+    ):
+        store.get(KEY)
+
+
+def test_https_is_spoken_to_https() -> None:
+    """The first byte of a TLS handshake, and not of a request with the token."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        seen: list[bytes] = []
+
+        def serve() -> None:
+            for _ in range(3):
+                client, _ = server.accept()
+                with client:
+                    seen.append(client.recv(1))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        with (
+            NetlifyBlobStore("jobs", site_id="s", token=TOKEN, edge_url=url) as store,
+            pytest.raises(OSError, match=r"."),
+        ):
+            store.get(KEY)
+        thread.join()
+    assert seen == [b"\x16"] * 3
+
+
+@pytest.mark.parametrize("listing", [b"", b"[]", b"{}", b"null", b'{"blobs":[{}]}'])
+def test_a_listing_that_is_none(edge: Edge, listing: bytes) -> None:
+    """An error, and not that there is no lock."""
+    edge.says(200, b"value")
+    edge.says(200, listing)
+    with at_edge(edge) as store, pytest.raises(NetlifyBlobsError, match="no usable listing"):
+        store.get_with_etag(KEY)
+
+
+def test_arguments_that_are_missing_are_all_that_is_told() -> None:
+    """Not also that the store that was never made cannot be closed."""
+    with pytest.raises(TypeError, match="name"):
+        NetlifyBlobStore()  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "problem"),
     [
@@ -283,7 +408,20 @@ def test_bad_arguments(name: str, options: dict[str, Any], problem: str) -> None
         NetlifyBlobStore(name, **options)
 
 
-@pytest.mark.parametrize("bad", ["", "%", "e30", context(), "W10=", "NQ==", "eyJ", "bnVsbA=="])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "%",
+        "e30",
+        context(),
+        "W10=",
+        "NQ==",
+        "eyJ",
+        "bnVsbA==",
+        "eyJ0b2tlbiI6NSwic2l0ZUlEIjo1fQ==",
+    ],
+)
 def test_a_context_that_is_none(monkeypatch: pytest.MonkeyPatch, bad: str) -> None:
     """It is said that it is missing."""
     monkeypatch.setenv("NETLIFY_BLOBS_CONTEXT", bad)

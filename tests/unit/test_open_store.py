@@ -60,6 +60,7 @@ def test_a_bad_url(url: str, problem: str) -> None:
         ("s3:///prefix", "s3://BUCKET/PREFIX"),
         ("s3://user:secret@bucket", "s3://BUCKET/PREFIX"),
         ("s3://bucket?region=x", "conditional_delete=false"),
+        ("s3://my bucket", "s3://BUCKET/PREFIX"),
     ],
 )
 def test_a_bad_place(url: str, problem: str) -> None:
@@ -152,5 +153,13 @@ def test_a_missing_sdk(url: str, command: str, monkeypatch: pytest.MonkeyPatch) 
         for module in [name for name in sys.modules if name.partition(".")[0] == sdk]:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, sdk, None)  # as if it were not installed
-    with pytest.raises(ImportError, match=f": {command}$"):
+    with pytest.raises(ImportError, match=f"is missing: {command}$"):
         open_store(url)
+
+
+def test_a_python_without_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No package of pip's would help, so Python's own error is it."""
+    monkeypatch.delitem(sys.modules, "joblock.stores.sqlite", raising=False)
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    with pytest.raises(ModuleNotFoundError, match="sqlite3"):
+        open_store("sqlite:jobs.db")

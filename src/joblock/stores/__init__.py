@@ -76,12 +76,14 @@ def open_store(url: str) -> ConditionalBlobStore:
                 given = f"; there is no {scheme!r}" if re.fullmatch("[a-z0-9+]+", scheme) else ""
                 raise ValueError(f"a store is {_URLS}{given}")
     except ModuleNotFoundError as error:
-        packages = _PACKAGES[scheme]
-        raise ImportError(f"{scheme}: needs a package: python -m pip install {packages}") from error
+        if scheme not in _PACKAGES:
+            raise
+        needs = f"{scheme}: needs a package, {error.name} is missing"
+        raise ImportError(f"{needs}: python -m pip install {_PACKAGES[scheme]}") from error
 
 
 def _place(rest: str) -> tuple[str, str]:
-    place = re.fullmatch("//([^/@]+)(?:/(.*))?", rest)
+    place = re.fullmatch("//([^/@?#\\s]+)(?:/(.*))?", rest)
     if place is None:
         raise ValueError(f"a store is {_URLS}")
     name, prefix = place.groups(default="")

@@ -23,20 +23,29 @@ class Answer(NamedTuple):
     body: bytes
 
 
+_Idle = list[tuple[http.client.HTTPConnection, float]]
+
+
+def _pop(idle: _Idle) -> tuple[http.client.HTTPConnection, float] | None:
+    try:
+        return idle.pop()
+    except IndexError:  # another thread may have been quicker than any look at its length
+        return None
+
+
 class Connections:
     """One connection for each request that is under way. Safe from any thread, and after fork."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._pid = os.getpid()
-        self._idle: defaultdict[str, list[tuple[http.client.HTTPConnection, float]]]
-        self._idle = defaultdict(list)
+        self._idle: defaultdict[str, _Idle] = defaultdict(list)
 
     def close(self) -> None:
         """Close those that are idle."""
         for idle in list(self._idle.values()):
-            while idle:
-                idle.pop()[0].close()
+            while (taken := _pop(idle)) is not None:
+                taken[0].close()
 
     def request(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
@@ -48,9 +57,12 @@ class Connections:
         try:
             connection.request(method, f"{path}?{query}" if query else path, body, dict(headers))
             response = connection.getresponse()
+            if response.status < 200:  # the real answer is still to come
+                raise http.client.HTTPException(f"status {response.status}")
             answer = Answer(response.status, response.headers, response.read())
         except BaseException:
             connection.close()
+            self.close()  # the server may have closed the others too
             raise
         self._idle[origin].append((connection, time.monotonic()))
         return answer
@@ -60,8 +72,8 @@ class Connections:
             self.close()
             self._pid = os.getpid()
         idle = self._idle[origin]
-        while idle:
-            connection, since = idle.pop()
+        while (taken := _pop(idle)) is not None:
+            connection, since = taken
             if time.monotonic() - since < _IDLE_S:
                 return connection
             connection.close()

@@ -21,8 +21,10 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 10.0
 
-# As a header, these would be no condition, or one that any version fulfils.
-NO_ETAGS = ("", "*")
+
+def is_etag(etag: str) -> bool:
+    """Whether it can be a version's: as a header, blank is no condition and `*` is any version."""
+    return etag.isascii() and etag.isprintable() and etag.strip() not in ("", "*")
 
 
 class DoubtfulRefusal(Exception):  # noqa: N818 - it is caught here, always

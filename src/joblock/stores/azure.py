@@ -11,7 +11,7 @@ from azure.core.exceptions import HttpResponseError, ServiceRequestError, Servic
 from azure.storage.blob import ContainerClient, ContentSettings
 
 from ..store import Blob
-from ._remote import CONNECT_TIMEOUT_S, NO_ETAGS, READ_TIMEOUT_S, Retry
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Retry, is_etag
 
 # The SDK's own retry waits 15 seconds, and then takes its own write for a conflict.
 _REQUEST: dict[str, Any] = {
@@ -75,12 +75,14 @@ class AzureBlobStore:
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
         return (
-            None if etag in NO_ETAGS else self._write(key, value, overwrite=True, **_if_match(etag))
+            None
+            if not is_etag(etag)
+            else self._write(key, value, overwrite=True, **_if_match(etag))
         )
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
-        return etag not in NO_ETAGS and self._delete(key, **_if_match(etag))
+        return is_etag(etag) and self._delete(key, **_if_match(etag))
 
     def _write(self, key: str, value: str, **condition: Any) -> str | None:
         blob = self._blob(key)

@@ -56,7 +56,9 @@ class GcsBlobStore:
             blob = self._bucket.blob(self._prefix + key)
             try:
                 value = blob.download_as_bytes(**_REQUEST)
-            except NotFound:
+            except NotFound as error:
+                if "bucket does not exist" in str(error):
+                    raise
                 return None
             return Blob(value, str(blob.generation))
 
@@ -113,7 +115,7 @@ def open_bucket(bucket: str, prefix: str) -> GcsBlobStore:
 
 
 def _generation(etag: str) -> int | None:
-    return int(etag) if re.fullmatch("[1-9][0-9]*", etag) else None  # 0 would mean: a new key
+    return int(etag) if re.fullmatch("[1-9][0-9]{0,18}", etag) else None  # 0 would mean: a new key
 
 
 def _unanswered(error: Exception) -> bool:

@@ -9,18 +9,22 @@ import os
 import re
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from urllib.parse import quote, urlencode, urlsplit
 
 from ..store import TOMBSTONE, Blob
 from ._http import Answer, Connections
-from ._remote import NO_ETAGS, READ_TIMEOUT_S, Retry
+from ._remote import READ_TIMEOUT_S, Retry, is_etag
 
 _API_URL = "https://api.netlify.com"
 _SIGNED_URL = {"accept": "application/json;type=signed-url"}
 
 # What the official client leaves as it is in a key: both must name the same blob.
 _SAFE = "!$&'()*+,-./:;=@[]^_|~"
+
+
+# With no password in it: what cannot be requested is shown in errors.
+_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?([/?][!-~]*)?")
 
 
 class NetlifyBlobsError(Exception):
@@ -81,10 +85,13 @@ class NetlifyBlobStore:
             raise ValueError("give site_id and token, or run where NETLIFY_BLOBS_CONTEXT is set")
         if not (token.isascii() and token.isprintable()):
             raise ValueError("token has characters that no token has")
+        url = edge_url or api_url or _API_URL
+        if not _URL.fullmatch(url):
+            raise ValueError("api_url and edge_url are https://HOST, or http://HOST to try things")
         self._name = name
         self._bearer = {"authorization": f"Bearer {token}"}
         self._has_edge = bool(edge_url)
-        scheme, host, *_ = urlsplit(edge_url or api_url or _API_URL)
+        scheme, host, *_ = urlsplit(url)
         self._url = f"{scheme}://{host}{'' if edge_url else '/api/v1/blobs'}"
         self._url += f"/{quote(site_id, _SAFE)}/site:{quote(name, _SAFE)}"
 
@@ -103,7 +110,8 @@ class NetlifyBlobStore:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_http"):
+            self.close()
 
     def close(self) -> None:
         """Close the connections that are open. A later request opens a new one."""
@@ -142,7 +150,7 @@ class NetlifyBlobStore:
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
-        return None if etag in NO_ETAGS else self._write(key, value, {"if-match": etag})
+        return self._write(key, value, {"if-match": etag}) if is_etag(etag) else None
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Write `null` and return True; False, and nothing written, if `etag` is not current."""
@@ -173,8 +181,11 @@ class NetlifyBlobStore:
         name = quote(key, _SAFE)  # as it is in the URL: the local server alone has no ETag
         query = urlencode({"prefix": name})
         listing = self._send("GET", f"{self._url}?{query}", (), self._bearer)
-        blobs = json.loads(listing.body)["blobs"]
-        return next((blob["etag"] for blob in blobs if blob["key"] == name), None)
+        try:
+            blobs = json.loads(listing.body)["blobs"]
+            return next((blob["etag"] for blob in blobs if blob["key"] == name), None)
+        except (ValueError, KeyError, TypeError):
+            raise NetlifyBlobsError(listing.status, "Netlify gave no usable listing") from None
 
     def _request(
         self,
@@ -209,17 +220,18 @@ class NetlifyBlobStore:
 
 def open_site_store(name: str) -> NetlifyBlobStore:
     """Return the store of the environment, for `joblock.stores.open_store`."""
-    if "NETLIFY_BLOBS_CONTEXT" in os.environ:
+    if os.environ.get("NETLIFY_BLOBS_CONTEXT"):
         return NetlifyBlobStore(name)
     site_id, token = os.environ.get("NETLIFY_SITE_ID"), os.environ.get("NETLIFY_AUTH_TOKEN")
     return NetlifyBlobStore(name, site_id=site_id, token=token)
 
 
-def _context() -> dict[str, Any]:
+def _context() -> dict[str, str]:
     try:
-        return dict(json.loads(base64.b64decode(os.environ.get("NETLIFY_BLOBS_CONTEXT", ""))))
-    except (ValueError, TypeError):
+        context = dict(json.loads(base64.b64decode(os.environ.get("NETLIFY_BLOBS_CONTEXT", ""))))
+    except (ValueError, TypeError, RecursionError):
         return {}
+    return {name: value for name, value in context.items() if isinstance(value, str)}
 
 
 def _signed_url(answer: Answer) -> str:
@@ -228,7 +240,7 @@ def _signed_url(answer: Answer) -> str:
     except (ValueError, KeyError, TypeError):
         url = None
     # An unusable one is not shown: its signature is a credential.
-    if isinstance(url, str) and url.startswith("http") and re.fullmatch("[!-~]+", url):
+    if isinstance(url, str) and _URL.fullmatch(url):
         return url
     raise NetlifyBlobsError(answer.status, "Netlify gave no usable signed URL")
 

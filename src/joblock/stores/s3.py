@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 from botocore.config import Config
 from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as NoConnectionError
 
 from ..store import TOMBSTONE, Blob
-from ._remote import CONNECT_TIMEOUT_S, NO_ETAGS, READ_TIMEOUT_S, DoubtfulRefusal, Retry
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, DoubtfulRefusal, Retry, is_etag
 
 QUICK = Config(
     connect_timeout=CONNECT_TIMEOUT_S,
     read_timeout=READ_TIMEOUT_S,
-    retries={"mode": "standard", "total_max_attempts": 3},
+    retries={"mode": "standard", "total_max_attempts": 2},
 )
 """Time-outs and retries for a client that locks."""
 
@@ -70,7 +72,7 @@ class S3BlobStore:
                 if _reply(error)[1] == "NoSuchKey":
                     return None
                 raise
-            with response["Body"] as body:
+            with closing(response["Body"]) as body:
                 return Blob(body.read(), response["ETag"])
 
         return _RETRY.ask(send)[0]
@@ -81,13 +83,13 @@ class S3BlobStore:
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
-        return None if etag in NO_ETAGS else self._write(key, value, IfMatch=etag)
+        return self._write(key, value, IfMatch=etag) if is_etag(etag) else None
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
         if not self._conditional_delete:
             return self.set_if_match(key, TOMBSTONE, etag) is not None
-        if etag in NO_ETAGS:
+        if not is_etag(etag):
             return False
 
         def send() -> bool:
@@ -132,7 +134,7 @@ def _reply(error: ClientError) -> tuple[int, str, int]:
     """Return the status, S3's code for the error, and how often boto3 asked again."""
     response: Any = error.response
     metadata = response["ResponseMetadata"]
-    return metadata["HTTPStatusCode"], response["Error"]["Code"], metadata["RetryAttempts"]
+    return metadata["HTTPStatusCode"], response["Error"]["Code"], metadata.get("RetryAttempts", 0)
 
 
 def _raise_unless_refused(error: ClientError) -> None:
@@ -147,8 +149,8 @@ def _raise_unless_refused(error: ClientError) -> None:
 def _unanswered(error: Exception) -> bool:
     if isinstance(error, ClientError):
         status, _, retries = _reply(error)
-        return retries == 0 and (status >= 500 or status == 429)
-    return isinstance(error, HTTPClientError)
+        return retries == 0 and (status >= 500 or status in (408, 429))
+    return isinstance(error, (HTTPClientError, NoConnectionError))
 
 
 _RETRY = Retry(_unanswered, pauses_s=(0.1,))  # boto3 has been patient already
