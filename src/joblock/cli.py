@@ -132,8 +132,9 @@ def _attend(command: list[str], lock: HeldJobLock, signals: Signals, grace_s: fl
     """Run the command to its end and return its status; pass on signals, stop it if lock is lost.
 
     At a terminal the command stays in this process's group: it can read the terminal, and Ctrl-C
-    reaches it without help. Without one it leads a group of its own, which gets the signals, so
-    that its children do not outlive it.
+    reaches it without help. Without one it leads a group of its own, which gets the signals; once
+    one was sent, the run lasts until the whole group has ended. Before, it lasts as long as the
+    command itself, which may leave daemons behind.
     """
     early = next(_drain(signals), None)
     if early is not None:
@@ -149,19 +150,21 @@ def _attend(command: list[str], lock: HeldJobLock, signals: Signals, grace_s: fl
     except OSError as error:
         _say(f"cannot run {command[0]}: {error.strerror}")
         return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
+    signalled = stopping = False
+    kill_at = math.inf
     for signum in _drain(signals):  # even from the keys: the command may have started after them
+        signalled = True
         _send(child.pid, signum, own_group)
 
-    stopping = False
-    kill_at = math.inf
-    while child.poll() is None:
+    while child.poll() is None or (signalled and own_group and _group_goes_on(child.pid)):
         with contextlib.suppress(queue.Empty):
             signum = signals.get(timeout=_LOOK_AGAIN_S)
             if signum not in _CHILD_ENDED and not _sent_by_terminal(signum):
+                signalled = True
                 _send(child.pid, signum, own_group)
         if lock.lost and not stopping:
             _say("the lock is lost: stopping the command")
-            stopping = True
+            signalled = stopping = True
             kill_at = time.monotonic() + grace_s
             _send(child.pid, signal.SIGTERM, own_group)
         if time.monotonic() >= kill_at:
@@ -219,6 +222,21 @@ def _send(pid: int, signum: int, own_group: bool) -> None:
         (os.killpg if own_group else os.kill)(pid, signum)
     except OSError as error:
         _say(f"the command did not get signal {signum}: {error.strerror}")
+
+
+def _group_goes_on(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    # Where process 1 reaps nobody, as in some containers, what has ended stays in its group.
+    states: set[bytes] = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended in this moment
+            state, _parent, its_group = path.read_bytes().rpartition(b")")[2].split()[:3]
+            if int(its_group) == group:
+                states.add(state)
+    return states != {b"Z"}
 
 
 @contextlib.contextmanager
@@ -427,6 +445,12 @@ example:
 _RUN_EXAMPLE = """\
 Signals are passed on to the command; the lock is released when the command has ended. It finds
 its job's id in JOBLOCK_JOB_ID.
+
+Without a terminal the command leads a process group of its own. Signals go to the whole group, and
+after one the lock is kept until the whole group has ended.
+
+At a terminal Ctrl-C reaches the command by itself, and so a SIGINT that was sent to a foreground
+joblock alone is taken for Ctrl-C and not passed on: send SIGTERM.
 
 example:
   joblock run user-1 Business --ttl 30m --reason nightly -- echo "index rebuilt"

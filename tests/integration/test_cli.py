@@ -23,7 +23,14 @@ from tests.support import KEY, UID, VAULT, held
 
 JOBLOCK = [sys.executable, "-m", "joblock"]
 DEADLINE_S = 30
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
+SIGNALS = [
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+]
 
 Process: TypeAlias = "subprocess.Popen[str]"
 Start: TypeAlias = Callable[..., Process]
@@ -77,6 +84,14 @@ def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def line(stream: IO[str] | None) -> str:
@@ -207,6 +222,84 @@ class TestWithoutATerminal:
         assert err.endswith(f"joblock: the lock was lost; the command ended with {ended_with}\n")
         assert "Traceback" not in err
         assert store.get(KEY) == other
+
+    @pytest.mark.parametrize(
+        ("script", "grace", "said"),
+        [
+            ("trap 'echo cleaned; exit' TERM; echo ready; while :; do sleep 0.05; done", "60s", 0),
+            ("trap '' TERM; echo ready; exec sleep 90", "50ms", 1),
+        ],
+        ids=["ends", "ignores"],
+    )
+    def test_a_lost_lock_stops_the_whole_group(
+        self, start: Start, store: SqliteBlobStore, script: str, grace: str, said: int
+    ) -> None:
+        """Also when its leader ends at SIGTERM: what is left of it is waited for, or killed."""
+        process = start(f"({script}); true", "--ttl", "3s", "--grace", grace)
+        assert line(process.stdout) == "ready\n"
+        store.set(KEY, JobLockRecord("other", UID, VAULT, expires_at=9e15).to_json())
+        err = process.stderr
+        assert err is not None
+        assert "lost its lock" in line(err)
+        assert "stopping the command" in line(err)
+        assert process.wait(DEADLINE_S) == 76
+        # Nothing of the group is left, or this would wait for it to close the pipe.
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], 0)[0]
+        assert process.stdout.read() == ("" if said else "cleaned\n")
+        assert err.read().count("the command goes on: killing it\n") == said
+
+    def test_the_lock_stays_until_the_group_has_ended(
+        self, start: Start, store: SqliteBlobStore
+    ) -> None:
+        """SIGTERM ends the leader at once; its child cleans up, and gets a further signal."""
+        child = "trap 'echo stopping' TERM; trap exit USR1; echo $$; while :; do sleep 0.05; done"
+        process = start(f"({child}); true")
+        leader = int(line(process.stdout))
+        process.send_signal(signal.SIGTERM)
+        assert line(process.stdout) == "stopping\n"
+        eventually(lambda: not is_running(leader))
+        assert process.poll() is None
+        held(acquire_job_lock(store, UID, VAULT))
+        process.send_signal(signal.SIGUSR1)
+        out, _ = process.communicate(timeout=DEADLINE_S)  # sh tells of a sleep that was ended too
+        assert (process.returncode, out) == (143, "")
+        assert store.get(KEY) is None
+
+    def test_a_daemon_is_not_waited_for(self, start: Start, store: SqliteBlobStore) -> None:
+        """Without a signal the lock lasts as long as the command itself."""
+        process = start("sleep 90 > /dev/null 2>&1 & echo $!")
+        daemon = int(line(process.stdout))
+        try:
+            assert process.wait(DEADLINE_S) == 0
+            assert is_running(daemon)
+            assert store.get(KEY) is None
+        finally:
+            os.kill(daemon, signal.SIGKILL)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="a child subreaper is Linux's")
+    def test_nobody_reaps(self, store: SqliteBlobStore) -> None:
+        """What has ended is not waited for where process 1 leaves it unreaped."""
+        code = (
+            "import ctypes, subprocess, sys\n"
+            "assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER\n"
+            "joblock = subprocess.Popen(sys.argv[1:], start_new_session=True)\n"
+            "sys.stdin.readline()\n"
+            "joblock.terminate()\n"
+            f"sys.exit(joblock.wait({DEADLINE_S}))\n"
+        )
+        script = "(trap 'sleep 0.5; exit' TERM; echo ready; while :; do sleep 0.05; done); true"
+        command = [*JOBLOCK, "run", UID, VAULT, "--", "sh", "-c", script]
+        with subprocess.Popen(
+            [sys.executable, "-c", code, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert line(process.stdout) == "ready\n"
+            process.communicate("\n", 2 * DEADLINE_S)
+        assert process.returncode == 143
+        assert store.get(KEY) is None
 
     def test_a_long_command_keeps_its_lock(self, start: Start, store: SqliteBlobStore) -> None:
         """It is renewed for as long as the command runs."""

@@ -241,6 +241,14 @@ class TestRun:
         line = "joblock: the command did not get signal 15: No such process\n"
         assert capsys.readouterr().err == line
 
+    def test_what_is_left_of_the_group(self, run: Run, store: SqliteBlobStore) -> None:
+        """After a signal the lock stays until the leader's children have ended too."""
+        peek = f"{sys.executable} -m joblock peek {UID} {VAULT} > /dev/null && echo held"
+        child = f"trap 'sleep 0.3; {peek}; exit' TERM; kill -TERM $J; while :; do sleep 0.05; done"
+        script = f"J=$PPID; ({child}); true"
+        assert run("run", UID, VAULT, "--", "sh", "-c", script)[:2] == (143, "held\n")
+        assert store.get(KEY) is None
+
     def test_which_group_has_the_terminal(self, tmp_path: Path) -> None:
         """None where there is no terminal, or one that is not this process's."""
         assert cli._foreground_group(tmp_path / "missing") is None
