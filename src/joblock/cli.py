@@ -356,16 +356,20 @@ def _ascii_json(record: JobLockRecord | None) -> str:
 
 
 def _print(*lines: str) -> None:
+    if sys.stdout is None:  # closed before joblock began
+        return
     encoding = sys.stdout.encoding
     try:
         for line in lines:
             print(_printable(line).encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads on; nor must Python complain when it flushes at exit
+    except OSError:  # nobody reads on; nor must Python complain when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:
+    if sys.stderr is None:
+        return
     with contextlib.suppress(OSError):  # nobody may be there to read it
         print(_short(_printable(f"joblock: {_SECRETS.sub('...', text)}")), file=sys.stderr)
 

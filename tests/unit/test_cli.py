@@ -346,6 +346,35 @@ class TestPeek:
             monkeypatch.setattr(sys, "stdout", pipe)
             assert run("peek", UID, VAULT) == (2, "", "")
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+    def test_a_full_disk(
+        self, run: Run, store: SqliteBlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What cannot be written changes nothing about the answer."""
+        put(store, expires_at=1)
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert run("peek", UID, VAULT) == (2, "", "")
+
+
+@pytest.mark.parametrize("words", ["peek user-1 Business", "--help", "--version"])
+def test_closed_standard_output(
+    run: Run, store: SqliteBlobStore, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """As in `joblock peek ... >&-`: the status is the answer all the same."""
+    put(store, expires_at=1)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(*words.split())[0] == (2 if words.startswith("peek") else 0)
+
+
+def test_closed_standard_error(
+    run: Run, store: SqliteBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `joblock run ... 2>&-`: a refusal does not go to standard output instead."""
+    put(store, expires_at=epoch_ms() + 60_000)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("run", UID, VAULT, "--", "echo", "ran") == (75, "", "")
+
 
 @pytest.mark.parametrize(
     ("ms", "words"),
