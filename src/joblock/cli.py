@@ -63,13 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What goes wrong is one line on standard error.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    command: list[str] = []
-    if words[:1] == ["run"] and "--" in words:
-        end = words.index("--")
-        words, command = words[:end], words[end + 1 :]
     try:
-        args = _parser().parse_args(words, argparse.Namespace(command=command))
+        args = _parse(list(sys.argv[1:] if argv is None else argv))
         status: int = args.action(args)
     except CommandError as error:
         _say(error.message)
@@ -106,7 +101,7 @@ _TERMINAL = Path("/dev/tty")
 
 def _run(args: argparse.Namespace) -> int:
     if not args.command:
-        raise CommandError(USAGE, "run: a command is needed after `--` (see joblock run --help)")
+        raise CommandError(USAGE, _NO_COMMAND)
     store = _open(args.store)
     status = UNAVAILABLE  # until the command has ended
     with _log_to_stderr(), _signals() as signals:
@@ -388,6 +383,25 @@ def _short(text: str) -> str:
 # Arguments
 
 
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Take `run`'s command off at the first `--`, or else at the second in `-- UID VAULT --`."""
+    if words[:1] != ["run"] or ("--" not in words and {"-h", "--help"} & {*words}):
+        return _parser().parse_args(words)
+    if "--" not in words:
+        raise CommandError(USAGE, _NO_COMMAND)
+    end = words.index("--")
+    try:
+        return _parser().parse_args(words[:end], argparse.Namespace(command=words[end + 1 :]))
+    except CommandError:
+        if words[end + 3 : end + 4] != ["--"]:
+            raise
+    end += 3
+    return _parser().parse_args(words[:end], argparse.Namespace(command=words[end + 1 :]))
+
+
+_NO_COMMAND = "run: a command is needed after `--` (see joblock run --help)"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="joblock",
@@ -447,6 +461,8 @@ example:
   joblock run user-1 Business -- echo "index rebuilt"
 """
 _RUN_EXAMPLE = """\
+If UID or VAULT begins with a dash: joblock run [OPTIONS] -- UID VAULT -- COMMAND ...
+
 Signals are passed on to the command; the lock is released when the command has ended. It finds
 its job's id in JOBLOCK_JOB_ID.
 

@@ -117,6 +117,25 @@ class TestRun:
         words = ("printf", "%s ", "--ttl", "--", "-h")
         assert run("run", UID, VAULT, "--", *words) == (0, "--ttl -- -h ", "")
 
+    def test_ids_that_begin_with_a_dash(self, run: Run, store: SqliteBlobStore) -> None:
+        """They stand after a `--` of their own, and the command keeps its."""
+        words = ("printf", "%s ", "--", "-h")
+        for options in ([], ["--ttl", "5m"]):
+            status = run("run", *options, "--", "-u", "--ttl", "--", *words)
+            assert status == (0, "-- -h ", "")
+        store.set("index-jobs/-u/--ttl.json", JobLockRecord("job-1", "-u", "--ttl").to_json())
+        out = run("peek", "--", "-u", "--ttl")[1]
+        assert out.startswith("lock      -u / --ttl\n")
+
+    @pytest.mark.parametrize("line", ["run a b true", "run a b ls -l", "run a b", "run a b --"])
+    def test_no_dashes(self, run: Run, line: str) -> None:
+        """The line says what is missing."""
+        assert run(*line.split()) == (
+            64,
+            "",
+            "joblock: run: a command is needed after `--` (see joblock run --help)\n",
+        )
+
     def test_held(self, run: Run, store: SqliteBlobStore) -> None:
         """75, who has it since when and until when, and the command does not run."""
         now = epoch_ms()
@@ -352,7 +371,7 @@ class TestPeek:
     ) -> None:
         """What cannot be written changes nothing about the answer."""
         put(store, expires_at=1)
-        with open("/dev/full", "w", encoding="utf-8") as full:
+        with Path("/dev/full").open("w", encoding="utf-8") as full:
             monkeypatch.setattr(sys, "stdout", full)
             assert run("peek", UID, VAULT) == (2, "", "")
 
@@ -470,6 +489,9 @@ class TestArguments:
             "run user-1 Business",
             "run user-1 Business --",
             "run user-1 -- true",
+            "run user-1 -- true -- true",
+            "run user-1 -- a b -- true",
+            "run -- user-1 -- true",
             "run user-1 a/b -- true",
             "run user-1 Business --ttl 16 -- true",
             "run user-1 Business --ttl 0s -- true",
