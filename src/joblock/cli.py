@@ -40,6 +40,7 @@ from .hold import HeldJobLock
 from .record import epoch_ms
 from .store import BlobStore
 from .stores import open_store
+from .stores.memory import MemoryBlobStore
 from .stores.sqlite import SqliteBlobStore
 
 # Exit statuses: peek's own, those of sysexits.h, and a shell's.
@@ -102,7 +103,7 @@ _TERMINAL = Path("/dev/tty")
 def _run(args: argparse.Namespace) -> int:
     if not args.command:
         raise CommandError(USAGE, _NO_COMMAND)
-    store = _open(args.store)
+    store = _open_shared(args.store)
     status = UNAVAILABLE  # until the command has ended
     with _log_to_stderr(), _signals() as signals:
         try:
@@ -254,7 +255,7 @@ class _LogLines(logging.Handler):
 
 
 def _peek(args: argparse.Namespace) -> int:
-    record = peek_job_lock(_open(args.store), args.uid, args.vault)
+    record = peek_job_lock(_open_shared(args.store), args.uid, args.vault)
     now_ms = epoch_ms()
     if args.json:
         _print(_ascii_json(record))
@@ -268,7 +269,7 @@ def _peek(args: argparse.Namespace) -> int:
 
 
 def _release(args: argparse.Namespace) -> int:
-    store = _open(args.store)
+    store = _open_shared(args.store)
     job_id: str | None = args.job_id
     removed = [f"removed the lock of {args.uid} / {args.vault}, job {job_id}"]
     if args.force:
@@ -317,9 +318,13 @@ def _table(args: argparse.Namespace, record: JobLockRecord, now_ms: float) -> li
 
 def _held_by(args: argparse.Namespace, record: JobLockRecord) -> str:
     now_ms = epoch_ms()
-    actor = "" if record.actor_uid is None else f" ({record.actor_uid})"
+    uid, vault, job_id, actor = (  # each shortened, so that the times are seen
+        _short(_printable(str(text)), 80)
+        for text in (args.uid, args.vault, record.job_id, record.actor_uid)
+    )
+    by = job_id if record.actor_uid is None else f"{job_id} ({actor})"
     return (
-        f"{args.uid} / {args.vault} is held by job {record.job_id}{actor} "
+        f"{uid} / {vault} is held by job {by} "
         f"since {_when(record.started_at, now_ms)} until {_when(record.expires_at, now_ms)}"
     )
 
@@ -369,15 +374,15 @@ def _say(text: str) -> None:
         print(_short(_printable(f"joblock: {_SECRETS.sub('...', text)}")), file=sys.stderr)
 
 
-_SECRETS = re.compile(r"(?<=://)[^/?#\s@]+(?=@)|(?<=\?)[^\s=]+=\S+")  # of a URL in an SDK's error
+_SECRETS = re.compile(r"(?<=://)\S+(?=@)|(?<=\?)[^\s=]+=\S+")  # of a URL in an SDK's error
 
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 500 else f"{text[:500]}..."
+def _short(text: str, length: int = 500) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 # Arguments
@@ -540,6 +545,13 @@ def _duration(text: str) -> int:
     return ms
 
 
+def _open_shared(url: str | None) -> BlobStore:
+    store = _open(url)
+    if isinstance(store, MemoryBlobStore):
+        raise CommandError(USAGE, "memory: is this process's own and locks no other out")
+    return store
+
+
 def _open(url: str | None) -> BlobStore:
     if url is None:
         url = os.environ.get("JOBLOCK_STORE")
@@ -547,8 +559,10 @@ def _open(url: str | None) -> BlobStore:
         if url is not None:
             return open_store(url)
         folder = _state_folder(sys.platform, os.environ)
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (ValueError, ImportError) as error:
         raise CommandError(USAGE, f"{error} (see joblock --help)") from error
+    except RuntimeError as error:
+        raise CommandError(USAGE, f"{error} Name a store with --store.") from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return SqliteBlobStore(folder / "jobs.db")
 
@@ -558,7 +572,10 @@ def _state_folder(platform: str, environ: Mapping[str, str]) -> Path:
     if platform == "win32":
         local = environ.get("LOCALAPPDATA", "")
         return (Path(local) if local else Path.home() / "AppData" / "Local") / "joblock"
-    if platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "joblock"
     state = Path(environ.get("XDG_STATE_HOME", ""))
-    return (state if state.is_absolute() else Path.home() / ".local" / "state") / "joblock"
+    if platform != "darwin" and state.is_absolute():
+        return state / "joblock"
+    if not Path(environ.get("HOME", "/")).is_absolute():  # Path.home() takes "" for /
+        raise RuntimeError("Could not determine home directory.")
+    place = ("Library", "Application Support") if platform == "darwin" else (".local", "state")
+    return Path.home().joinpath(*place, "joblock")

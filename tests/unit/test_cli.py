@@ -148,6 +148,16 @@ class TestRun:
         put(store, expires_at=now + 720_000)
         assert "held by job job-1 since unknown until" in run("run", UID, VAULT, "--", "true")[2]
 
+    def test_held_by_one_of_many_words(self, run: Run, store: SqliteBlobStore) -> None:
+        """Whatever the record holds, the line has the times."""
+        now = epoch_ms()
+        text = "\x1b" * 600
+        put(store, job_id=text, actor_uid=text, started_at=now, expires_at=now + 720_000)
+        err = run("run", UID, VAULT, "--", "true")[2]
+        assert "is held by job \\x1b\\x1b" in err and "(now) until 20" in err
+        assert err.endswith("UTC (in 12 minutes)\n")
+        assert len(err) < 500
+
     def test_takes_over(self, run: Run, store: SqliteBlobStore) -> None:
         """A crashed job's lock is taken over, and said so in one line."""
         put(store, expires_at=1, reason="two\nlines")
@@ -547,6 +557,30 @@ class TestArguments:
             "joblock: GET https://...@host/a?... failed: why? because\n"
         )
 
+    @pytest.mark.parametrize("password", ["p/w", "p@ss", "p?w#x", "p://w"])
+    def test_passwords_are_not_shown(
+        self, capsys: pytest.CaptureFixture[str], password: str
+    ) -> None:
+        """Also those that a URL should have escaped."""
+        cli._say(f"GET https://me:{password}@host/a failed: ask me@home")
+        assert capsys.readouterr().err == ("joblock: GET https://...@host/a failed: ask me@home\n")
+
+    @pytest.mark.parametrize(
+        "line",
+        ["run user-1 Business -- echo ran", "peek user-1 Business", "release u v --force"],
+    )
+    def test_a_store_of_this_process_alone(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, line: str
+    ) -> None:
+        """It would lock nothing: refused, but the doctor may look at it."""
+        monkeypatch.setenv("JOBLOCK_STORE", "memory:")
+        assert run(*line.split()) == (
+            64,
+            "",
+            "joblock: memory: is this process's own and locks no other out\n",
+        )
+        assert run("doctor")[0] == 0
+
     def test_nobody_reads_the_errors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What cannot be said must not end a run."""
         reader, writer = os.pipe()
@@ -600,14 +634,19 @@ class TestTheDefaultStore:
         expected = expected.replace("HOME", str(Path.home()), 1)
         assert cli._state_folder(platform, environ) == Path(expected)
 
-    def test_no_home(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        """One line, as for any store that cannot be named."""
+    @pytest.mark.parametrize("home", ["", "~", "relative"])
+    def test_no_home(self, run: Run, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+        """One line that says what to do; an empty HOME is not the root."""
         monkeypatch.delenv("JOBLOCK_STORE")
         monkeypatch.delenv("XDG_STATE_HOME", raising=False)
-        monkeypatch.setenv("HOME", "~")
-        status, out, err = run("peek", UID, VAULT)
-        assert (status, out, err.count("\n")) == (64, "", 1)
-        assert "home" in err
+        monkeypatch.setenv("HOME", home)
+        assert run("peek", UID, VAULT) == (
+            64,
+            "",
+            "joblock: Could not determine home directory. Name a store with --store.\n",
+        )
+        with pytest.raises(RuntimeError):
+            cli._state_folder("darwin", {"HOME": home})
 
 
 class TestHelp:
