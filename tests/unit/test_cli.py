@@ -502,6 +502,7 @@ class TestArguments:
             "run user-1 -- true -- true",
             "run user-1 -- a b -- true",
             "run -- user-1 -- true",
+            "run -- user-1 Business echo ran",
             "run user-1 a/b -- true",
             "run user-1 Business --ttl 16 -- true",
             "run user-1 Business --ttl 0s -- true",
