@@ -30,6 +30,8 @@ JOB_LOCK_TTL_MS = 16 * 60 * 1000
 # bound is there for a store that refuses for ever.
 ROUNDS = 16
 
+RELEASED = ReleaseResult(released=True)
+
 ACQUIRE_NEEDS = RENEW_NEEDS = ("get", "set")
 PEEK_NEEDS = ("get",)
 HOLD_NEEDS = ("get", "set", "delete")
@@ -113,7 +115,7 @@ async def release(
         if etag is not None:
             raise InvalidIdError("expected_job_id", "must be given with an etag")
         await store.delete(key)
-        return ReleaseResult(released=True)
+        return RELEASED
     _check_job_id("expected_job_id", expected_job_id)
 
     if not is_conditional(store):
@@ -121,7 +123,7 @@ async def release(
         if isinstance(owned, Lost):
             return ReleaseResult(released=False, reason=owned.reason)
         await store.delete(key)
-        return ReleaseResult(released=True)
+        return RELEASED
 
     for _ in range(ROUNDS):
         if etag is None:
@@ -130,7 +132,7 @@ async def release(
                 return ReleaseResult(released=False, reason=read.reason)
             _, etag = read
         if await store.delete_if_match(key, etag):
-            return ReleaseResult(released=True)
+            return RELEASED
         etag = None
     raise StoreContentionError(key, ROUNDS)
 

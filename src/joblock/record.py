@@ -120,7 +120,18 @@ class JobLockRecord(Value):
 
     def to_json(self) -> str:
         """Return the text to store, the bytes of JavaScript's `JSON.stringify`."""
-        text = _stringify(self.to_dict())
+        rest = f",{_stringify(self.extra)[1:]}" if self.extra else "}"
+        text = (
+            f'{{"jobId":{_stringify(self.job_id)}'
+            f',"canisterUid":{_stringify(self.canister_uid)}'
+            f',"vaultId":{_stringify(self.vault_id)}'
+            f',"actorUid":{_stringify(self.actor_uid)}'
+            f',"chunksToEmbed":{_stringify(self.chunks_to_embed)}'
+            f',"estimatedSeconds":{_stringify(self.estimated_seconds)}'
+            f',"reason":{_stringify(self.reason)}'
+            f',"startedAt":{_stringify(self.started_at)}'
+            f',"expiresAt":{_stringify(self.expires_at)}{rest}'
+        )
         return text if text.isascii() else SURROGATES.sub(_well_formed, text)
 
     @classmethod
