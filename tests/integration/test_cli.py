@@ -166,7 +166,7 @@ class TestWithoutATerminal:
 
     def test_a_killed_run_is_taken_over(self, start: Start, store: SqliteBlobStore) -> None:
         """SIGKILL frees nothing; when the lease is over, and not before, the next run goes on."""
-        process = start("echo $$; exec sleep 90", "--ttl", "2s")
+        process = start("echo $$; exec sleep 90", "--ttl", "1s")
         command = int(line(process.stdout))
         process.kill()
         process.wait(DEADLINE_S)
@@ -212,7 +212,7 @@ class TestWithoutATerminal:
         self, start: Start, store: SqliteBlobStore, script: str, grace: str, ended_with: int
     ) -> None:
         """Another's record in its place: SIGTERM, then SIGKILL, 76, and that record stays."""
-        process = start(script, "--ttl", "3s", "--grace", grace)
+        process = start(script, "--ttl", "2s", "--grace", grace)
         assert line(process.stdout) == "ready\n"
         other = JobLockRecord("other", UID, VAULT, expires_at=9e15).to_json()
         store.set(KEY, other)
@@ -235,7 +235,7 @@ class TestWithoutATerminal:
         self, start: Start, store: SqliteBlobStore, script: str, grace: str, said: int
     ) -> None:
         """Also when its leader ends at SIGTERM: what is left of it is waited for, or killed."""
-        process = start(f"({script}); true", "--ttl", "3s", "--grace", grace)
+        process = start(f"({script}); true", "--ttl", "2s", "--grace", grace)
         assert line(process.stdout) == "ready\n"
         store.set(KEY, JobLockRecord("other", UID, VAULT, expires_at=9e15).to_json())
         err = process.stderr

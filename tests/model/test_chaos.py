@@ -21,7 +21,7 @@ from joblock.stores.sqlite import SqliteBlobStore
 WORKERS = 6
 VAULTS = 3
 TTL_MS = 60
-SECONDS = 3
+SECONDS = 2
 
 
 class Overlap(Exception):  # noqa: N818

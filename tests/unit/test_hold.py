@@ -778,7 +778,7 @@ class TestAThread:
 
         store.script = [hang]
         try:
-            with hold_job_lock(store, UID, VAULT, ttl_ms=1500, renew_every_ms=1) as lock:
+            with hold_job_lock(store, UID, VAULT, ttl_ms=750, renew_every_ms=1) as lock:
                 assert hanging.wait(30)
                 assert not lock.lost
             assert not answer.is_set()
@@ -1036,7 +1036,7 @@ class TestATask:
         async def main(store: AsyncFlaky) -> None:
             store.hanging = hanging
             async with aio.hold_job_lock(
-                store, UID, VAULT, ttl_ms=1000, renew_every_ms=1 if hanging == "renewal" else 999
+                store, UID, VAULT, ttl_ms=500, renew_every_ms=1 if hanging == "renewal" else 499
             ) as lock:
                 if hanging == "renewal":
                     await store.called.wait()
@@ -1061,7 +1061,7 @@ class TestATask:
 
         async def main() -> None:
             threaded = aio.ThreadedBlobStore(store)
-            async with aio.hold_job_lock(threaded, UID, VAULT, ttl_ms=1000, renew_every_ms=1):
+            async with aio.hold_job_lock(threaded, UID, VAULT, ttl_ms=500, renew_every_ms=1):
                 await asyncio.to_thread(hanging.wait, 30)
             joblock.release_job_lock(store, UID, VAULT)
             answer.set()
