@@ -13,7 +13,7 @@ from .errors import (
 )
 from .hold import HeldJobLock, hold_job_lock
 from .locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
-from .record import JobLockRecord, job_lock_key
+from .record import JobLockRecord, JsonValue, job_lock_key
 from .results import Acquired, Held, Lost, ReleaseResult, Renewed
 from .store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, BlobStore, ConditionalBlobStore
 from .stores.memory import MemoryBlobStore
@@ -35,6 +35,7 @@ __all__ = [
     "JobLockHeldError",
     "JobLockLostError",
     "JobLockRecord",
+    "JsonValue",
     "Lost",
     "MemoryBlobStore",
     "ReleaseResult",

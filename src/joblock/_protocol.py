@@ -4,8 +4,9 @@ The rules it keeps on a conditional store:
 
 - A record is written only over nothing, over what is no record, or over an expired record, and
   only if the store confirms that this very version is still there.
-- A record is renewed or removed only by the job whose id it has, under the same confirmation;
-  only a release without a job id removes whatever is there.
+- A record is renewed or removed only by the job whose id it has, under the same confirmation. An
+  etag that is still current is proof of that by itself, since only the owner was given it; only a
+  release without a job id removes whatever is there.
 - A refused write decides nothing: the record is read again, a bounded number of times.
 - Whether a record is live is judged by a clock that is read after the record, and a deadline is
   set by a clock that is read immediately before its write.
@@ -88,9 +89,10 @@ async def acquire(
     for _ in range(ROUNDS):
         record = new_record(job_id, now_ms)
         if blob is None:
-            etag = await store.set_if_new(key, record.to_json())
+            etag = _etag("set_if_new", await store.set_if_new(key, record.to_json()))
         else:
-            etag = await store.set_if_match(key, record.to_json(), blob.etag)
+            written = await store.set_if_match(key, record.to_json(), blob.etag)
+            etag = _etag("set_if_match", written)
         if etag is not None:
             return Acquired(job_id, record, etag, took_over=current)
         blob = await store.get_with_etag(key)
@@ -131,7 +133,7 @@ async def release(
             if isinstance(read, Lost):
                 return ReleaseResult(released=False, reason=read.reason)
             _, etag = read
-        if await store.delete_if_match(key, etag):
+        if _deleted(await store.delete_if_match(key, etag)):
             return RELEASED
         etag = None
     raise StoreContentionError(key, ROUNDS)
@@ -181,7 +183,7 @@ async def renew(
                 return read
             record, etag = read
         record = renewed(record)
-        etag = await store.set_if_match(key, record.to_json(), etag)
+        etag = _etag("set_if_match", await store.set_if_match(key, record.to_json(), etag))
         if etag is not None:
             return Renewed(record, etag)
     raise StoreContentionError(key, ROUNDS)
@@ -213,6 +215,19 @@ def _owned(current: JobLockRecord | None, job_id: str) -> JobLockRecord | Lost:
     if current.job_id != job_id:
         return Lost("lock_owned_by_other_job", current)
     return current
+
+
+def _etag(method: str, answer: object) -> str | None:
+    # A store that refuses with False, or writes and says True, must not let everybody win.
+    if answer is None or (isinstance(answer, str) and answer):
+        return answer
+    raise WrongStoreError(f"{method} must return the new etag, a str, or None, not {answer!r}")
+
+
+def _deleted(answer: object) -> bool:
+    if isinstance(answer, bool):
+        return answer
+    raise WrongStoreError(f"delete_if_match must return True or False, not {answer!r}")
 
 
 def _now(clock: Callable[[], float]) -> float:

@@ -46,8 +46,12 @@ from .stores.sqlite import SqliteBlobStore
 # Exit statuses: peek's own, those of sysexits.h, and a shell's.
 LIVE, NO_LOCK, EXPIRED = 0, 1, 2
 NOT_REMOVED = CHECK_FAILED = 1
-USAGE, UNAVAILABLE, HELD, LOST = 64, 69, 75, 76
+USAGE, UNAVAILABLE, UNWRITABLE, HELD, LOST = 64, 69, 74, 75, 76
 CANNOT_RUN, NOT_FOUND, KILLED_BY = 126, 127, 128
+
+
+# What the arguments of the functions are called on the command line.
+_SHOWN = {"canister_uid": "UID", "vault_id": "VAULT", "expected_job_id": "--job-id"}
 
 
 class CommandError(Exception):
@@ -65,22 +69,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     What goes wrong is one line on standard error.
     """
     try:
-        args = _parse(list(sys.argv[1:] if argv is None else argv))
-        status: int = args.action(args)
+        return _do(list(sys.argv[1:] if argv is None else argv))
     except CommandError as error:
         _say(error.message)
         return error.status
     except InvalidIdError as error:
-        _say(str(error))
+        _say(f"{_SHOWN.get(error.argument, error.argument)} {error.problem}")
         return USAGE
-    except SystemExit:  # --help and --version
-        _print()
-        return 0
     except KeyboardInterrupt:
         return KILLED_BY + signal.SIGINT
     except Exception as error:  # the store's: joblock passes on whatever its SDK raises
         _say(f"{type(error).__name__}: {error}")
         return UNAVAILABLE
+
+
+def _do(words: list[str]) -> int:
+    try:
+        args = _parse(words)
+    except SystemExit:  # --help and --version
+        _print()
+        return 0
+    status: int = args.action(args)
     return status
 
 
@@ -255,12 +264,13 @@ class _LogLines(logging.Handler):
 
 
 def _peek(args: argparse.Namespace) -> int:
-    record = peek_job_lock(_open_shared(args.store), args.uid, args.vault)
+    store = _open_shared(args.store)
+    record = peek_job_lock(store, args.uid, args.vault)
     now_ms = epoch_ms()
     if args.json:
         _print(_ascii_json(record))
     elif record is None:
-        _print(f"no lock of {args.uid} / {args.vault}")
+        _print(_no_lock(args, store))
     else:
         _print(*_table(args, record, now_ms))
     if record is None:
@@ -275,14 +285,14 @@ def _release(args: argparse.Namespace) -> int:
     if args.force:
         record = peek_job_lock(store, args.uid, args.vault)
         if record is None:
-            raise CommandError(NOT_REMOVED, f"no lock of {args.uid} / {args.vault}")
+            raise CommandError(NOT_REMOVED, _no_lock(args, store))
         # By its id, so that a job that takes over in this moment keeps its lock. Without an id
         # whatever is there is removed.
         job_id = record.job_id or None
         removed = ["removed:", *_table(args, record, epoch_ms())]
     result = release_job_lock(store, args.uid, args.vault, expected_job_id=job_id)
     if result.reason == "lock_already_gone":
-        raise CommandError(NOT_REMOVED, f"no lock of {args.uid} / {args.vault}")
+        raise CommandError(NOT_REMOVED, _no_lock(args, store))
     if result.reason is not None:
         raise CommandError(
             NOT_REMOVED, "nothing removed: the lock is another job's (see joblock peek)"
@@ -314,6 +324,10 @@ def _table(args: argparse.Namespace, record: JobLockRecord, now_ms: float) -> li
         "expires": _when(record.expires_at, now_ms),
     }
     return [f"{name:<10}{_short(str(value))}" for name, value in rows.items() if value is not None]
+
+
+def _no_lock(args: argparse.Namespace, store: BlobStore) -> str:
+    return f"no lock of {args.uid} / {args.vault} in {store!r}"
 
 
 def _held_by(args: argparse.Namespace, record: JobLockRecord) -> str:
@@ -363,8 +377,11 @@ def _print(*lines: str) -> None:
         for line in lines:
             print(_printable(line).encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
-    except OSError:  # nobody reads on; nor must Python complain when it flushes at exit
+    except OSError as error:
+        # Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # that is only that nobody reads on
+            raise CommandError(UNWRITABLE, f"cannot write: {error.strerror}") from error
 
 
 def _say(text: str) -> None:
@@ -460,7 +477,7 @@ exit status:
   peek     0 live, 1 no lock, 2 expired
   release  0 removed, 1 not removed
   doctor   0 all is well, 1 not so
-  any      64 wrong arguments, 69 the store failed
+  any      64 wrong arguments, 69 the store failed, 74 the output could not be written
 
 example:
   joblock run user-1 Business -- echo "index rebuilt"
@@ -518,8 +535,9 @@ def _add(
     parser.add_argument(
         "--store",
         metavar="URL",
-        help="such as s3://bucket/prefix or sqlite:PATH (default: JOBLOCK_STORE, else a SQLite "
-        "file in your state directory, which serves this host only)",
+        help="such as s3://bucket/prefix or sqlite:PATH (default: JOBLOCK_STORE, else the SQLite "
+        "file joblock/jobs.db in ~/.local/state or your system's like of it, which serves this "
+        "user on this host only)",
     )
     return parser
 
@@ -553,14 +571,15 @@ def _open_shared(url: str | None) -> BlobStore:
 
 
 def _open(url: str | None) -> BlobStore:
+    given_by = "--store"
     if url is None:
-        url = os.environ.get("JOBLOCK_STORE")
+        given_by, url = "JOBLOCK_STORE", os.environ.get("JOBLOCK_STORE")
     try:
         if url is not None:
             return open_store(url)
         folder = _state_folder(sys.platform, os.environ)
     except (ValueError, ImportError) as error:
-        raise CommandError(USAGE, f"{error} (see joblock --help)") from error
+        raise CommandError(USAGE, f"{given_by}: {error} (see joblock --help)") from error
     except RuntimeError as error:
         raise CommandError(USAGE, f"{error} Name a store with --store.") from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -131,7 +131,7 @@ class _Probe:
             except Exception as error:
                 left[key] = _said(error)
         if left:
-            why = "; ".join(dict.fromkeys(left.values()))
+            why = next(iter(left.values()))  # one: each may name its key, and all say the same
             return Finding(False, "clean-up", f"{why}; to be deleted by hand: {', '.join(left)}")
         return Finding(True, "clean-up", f"all {len(self._keys)} throwaway keys are deleted")
 

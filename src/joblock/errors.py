@@ -49,7 +49,8 @@ class StoreContentionError(JobLockError):
 class JobLockHeldError(JobLockError):
     """`hold_job_lock` found a live lock; `existing` is its record.
 
-    The lock: untouched, another job's. Retry once that job has ended or its lease has expired.
+    The lock: untouched, another job's. Retry once that job has ended or its lease has expired:
+    for HTTP, `Held(error.existing).retry_after_s()`.
     """
 
     def __init__(self, existing: JobLockRecord) -> None:
@@ -57,7 +58,9 @@ class JobLockHeldError(JobLockError):
         self.existing = existing
 
     def __str__(self) -> str:
-        return f"job {self.existing.job_id!r} holds the lock until {self.existing.expires_at}"
+        lock = f"{self.existing.canister_uid!r} / {self.existing.vault_id!r}"
+        until = f"{self.existing.expires_at} (epoch milliseconds)"
+        return f"job {self.existing.job_id!r} holds the lock of {lock} until {until}"
 
 
 class JobLockLostError(JobLockError):

@@ -374,6 +374,9 @@ def hold_job_lock(
     agrees. `lost` and `check()` tell the block, which is not interrupted. Leaving it then raises
     `JobLockLostError`, or adds a note to what the block itself raised, and releases nothing.
 
+    `clock` only dates the record; renewals, `lost` and the deadline go by real time. So a test of a
+    loss puts another record in the store, or none, and gives a small `renew_every_ms`.
+
     Leaving waits until the store has answered, at the longest until the lease's deadline. A
     release that fails is only logged, since the job is done and its lease will expire. A block
     that is left in a forked child releases nothing. What this returns is for one `with` block.

@@ -58,7 +58,7 @@ def acquire_job_lock(
     Raises:
         InvalidIdError: an id cannot name a lock. Nothing was written.
         TypeError: the store lacks methods or is async, or the clock gives no finite number.
-            Nothing was written.
+            Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
         ValueError: `clock_skew_ms` is negative or not a finite number. Nothing was written.
         StoreContentionError: others changed the record each time. The lock is not this caller's.
         Exception: what the store raised. If a write raised, the lock may have been taken with the
@@ -93,13 +93,18 @@ def release_job_lock(
 
     Returns `ReleaseResult`: `released`, or the `reason` why not: "lock_owned_by_other_job" (it
     expired and was taken over; the other job's record stays) or "lock_already_gone". An expired
-    lock that nobody took over is released. `etag`, from `Acquired` or `Renewed`, saves a request;
-    if it is out of date the owner is looked up as without it. A plain store has no etags.
+    lock that nobody took over is released. Without a job id it is always `released`, also if
+    there was nothing.
+
+    `etag`, from this job's `Acquired` or `Renewed`, saves a request: while it is current the
+    record is removed unread, so the job id is not compared; if it is out of date, the owner is
+    looked up as without it. A plain store has no etags.
 
     Raises:
         InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
             string, or an etag came without a job id. Nothing was removed.
-        TypeError: the store lacks methods or is async. Nothing was removed.
+        TypeError: the store lacks methods or is async. Nothing was removed. Or it does not say
+            whether it removed the record: then it may be gone.
         StoreContentionError: the record changed each time. It was not removed; retry.
         Exception: what the store raised. If the delete raised, the lock may be gone or not;
             releasing the same job id again is safe.
@@ -148,7 +153,7 @@ def renew_job_lock(
         InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
             string, or `record` is another job's. Nothing was written.
         TypeError: the store lacks methods or is async, or the clock gives no finite number.
-            Nothing was written.
+            Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
         StoreContentionError: the record changed each time. The deadline is unchanged by this
             call; retry before it passes.
         Exception: what the store raised. The lock has its old or its new deadline; count on the

@@ -74,7 +74,7 @@ class Held(Value):
 
 
 class ReleaseResult(Value):
-    """Whether this call removed the lock and, where it did not, what it found instead."""
+    """Whether the lock is gone by this call and, where it is not, what was found instead."""
 
     __slots__ = __match_args__ = ("released", "reason")
 

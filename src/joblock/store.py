@@ -10,7 +10,8 @@ cannot say whether its write took effect must raise.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeGuard, overload
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeGuard, overload
 
 from ._value import Value, assign
 
@@ -67,15 +68,15 @@ class ConditionalBlobStore(BlobStore, Protocol):
 class AsyncBlobStore(Protocol):
     """A plain store whose methods are coroutine functions (`async def`)."""
 
-    async def get(self, key: str, /) -> str | bytes | None:
+    def get(self, key: str, /) -> Coroutine[Any, Any, str | bytes | None]:
         """As `BlobStore.get`."""
         ...
 
-    async def set(self, key: str, value: str, /) -> object:
+    def set(self, key: str, value: str, /) -> Coroutine[Any, Any, object]:
         """As `BlobStore.set`."""
         ...
 
-    async def delete(self, key: str, /) -> object:
+    def delete(self, key: str, /) -> Coroutine[Any, Any, object]:
         """As `BlobStore.delete`."""
         ...
 
@@ -83,25 +84,25 @@ class AsyncBlobStore(Protocol):
 class AsyncConditionalBlobStore(AsyncBlobStore, Protocol):
     """A conditional store whose methods are coroutine functions (`async def`)."""
 
-    async def get_with_etag(self, key: str, /) -> Blob | None:
+    def get_with_etag(self, key: str, /) -> Coroutine[Any, Any, Blob | None]:
         """As `ConditionalBlobStore.get_with_etag`."""
         ...
 
-    async def set_if_new(self, key: str, value: str, /) -> str | None:
+    def set_if_new(self, key: str, value: str, /) -> Coroutine[Any, Any, str | None]:
         """As `ConditionalBlobStore.set_if_new`."""
         ...
 
-    async def set_if_match(self, key: str, value: str, etag: str, /) -> str | None:
+    def set_if_match(self, key: str, value: str, etag: str, /) -> Coroutine[Any, Any, str | None]:
         """As `ConditionalBlobStore.set_if_match`."""
         ...
 
-    async def delete_if_match(self, key: str, etag: str, /) -> bool:
+    def delete_if_match(self, key: str, etag: str, /) -> Coroutine[Any, Any, bool]:
         """As `ConditionalBlobStore.delete_if_match`."""
         ...
 
 
 class WrongStoreError(TypeError):
-    """The store lacks methods, or is async where a blocking one is needed, or the reverse."""
+    """The store lacks methods, answers with a wrong type, or is async where it must not be."""
 
 
 TOMBSTONE = "null"

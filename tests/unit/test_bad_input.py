@@ -13,6 +13,7 @@ import pytest
 
 import joblock
 from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio, locks
+from joblock.record import epoch_ms
 from tests.support import (
     KEY,
     UID,
@@ -228,6 +229,42 @@ def test_a_store_with_only_some_conditional_methods() -> None:
     with pytest.raises(TypeError, match="lacks get_with_etag, set_if_match, delete_if_match"):
         joblock.acquire_job_lock(store, UID, VAULT)
     assert store.calls == []
+
+
+@pytest.mark.parametrize("answer", [False, True, 1, "", b"1"])
+def test_a_write_that_answers_with_no_etag(api: Api, answer: Any) -> None:
+    """A refusal that is False instead of None must not be a win."""
+
+    class Wrong(MemoryBlobStore):
+        def set_if_new(self, key: str, value: str) -> Any:
+            return super().set_if_new(key, value) if well else answer
+
+        def set_if_match(self, key: str, value: str, etag: str) -> Any:
+            return answer
+
+    store, well = Wrong(), False
+    with pytest.raises(TypeError, match="set_if_new must return the new etag"):
+        api.acquire(store, UID, VAULT)
+    well = True
+    lock = acquired(api.acquire(store, UID, VAULT, ttl_ms=1))
+    with pytest.raises(TypeError, match="set_if_match must return the new etag"):
+        api.acquire(store, UID, VAULT, clock=lambda: epoch_ms() + 10_000)
+    with pytest.raises(TypeError, match="set_if_match must return the new etag"):
+        api.renew(store, UID, VAULT, expected_job_id=lock.job_id)
+
+
+@pytest.mark.parametrize("answer", [None, 1, 0])
+def test_a_removal_that_does_not_say_whether_it_was_one(api: Api, answer: Any) -> None:
+    """It must not be told that the lock was gone already."""
+
+    class Wrong(MemoryBlobStore):
+        def delete_if_match(self, key: str, etag: str) -> Any:
+            return answer
+
+    store = Wrong()
+    lock = acquired(api.acquire(store, UID, VAULT))
+    with pytest.raises(TypeError, match="delete_if_match must return True or False"):
+        api.release(store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag)
 
 
 @pytest.mark.parametrize("conditional", [True, False])

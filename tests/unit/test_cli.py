@@ -314,9 +314,10 @@ class TestPeek:
             "expires   DATE (in 12 minutes)\n"
         )
 
-    def test_none(self, run: Run) -> None:
-        """Status 1; as JSON, null."""
-        assert run("peek", UID, VAULT) == (1, "no lock of user-1 / Business\n", "")
+    def test_none(self, run: Run, store: SqliteBlobStore) -> None:
+        """Status 1, and where it looked; as JSON, null."""
+        none = f"no lock of user-1 / Business in {store!r}\n"
+        assert run("peek", UID, VAULT) == (1, none, "")
         assert run("peek", UID, VAULT, "--json") == (1, "null\n", "")
 
     def test_expired(self, run: Run, store: SqliteBlobStore) -> None:
@@ -379,11 +380,16 @@ class TestPeek:
     def test_a_full_disk(
         self, run: Run, store: SqliteBlobStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What cannot be written changes nothing about the answer."""
-        put(store, expires_at=1)
-        with Path("/dev/full").open("w", encoding="utf-8") as full:
-            monkeypatch.setattr(sys, "stdout", full)
-            assert run("peek", UID, VAULT) == (2, "", "")
+        """An answer that could not be written is none: an error, and told once."""
+        put(store, expires_at=epoch_ms() + 60_000)
+        for words in (["peek", UID, VAULT, "--json"], ["--help"]):
+            with Path("/dev/full").open("w", encoding="utf-8") as full:
+                monkeypatch.setattr(sys, "stdout", full)
+                assert run(*words) == (
+                    74,
+                    "",
+                    "joblock: cannot write: No space left on device\n",
+                )
 
 
 @pytest.mark.parametrize("words", ["peek user-1 Business", "--help", "--version"])
@@ -439,7 +445,7 @@ class TestRelease:
             "",
         )
         assert store.get(KEY) is None
-        gone = (1, "", "joblock: no lock of user-1 / Business\n")
+        gone = (1, "", f"joblock: no lock of user-1 / Business in {store!r}\n")
         assert run("release", UID, VAULT, "--job-id", "job-1") == gone
         assert run("release", UID, VAULT, "--force") == gone
 
@@ -528,6 +534,31 @@ class TestArguments:
         assert (status, out) == (64, "")
         assert err.startswith("joblock: ")
         assert err[:-1].isprintable() and err.endswith("\n")
+
+    @pytest.mark.parametrize(
+        ("line", "problem"),
+        [
+            ("peek .. Business", "UID must not be '.' or '..'"),
+            ("peek user-1 a/b", "VAULT must not be '.' or '..'"),
+            ("release user-1 Business --job-id ''", "--job-id must be a non-empty string"),
+            ("peek user-1 Business --store jobs.db", "--store: a store is sqlite:PATH"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, run: Run, line: str, problem: str) -> None:
+        """As the user typed it, not as the library's arguments are called."""
+        status, _, err = run(*shlex.split(line))
+        assert status == 64
+        assert err.startswith(f"joblock: {problem}")
+
+    @pytest.mark.parametrize("url", ["jobs.db", ""])
+    def test_a_bad_url_in_the_environment(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, url: str
+    ) -> None:
+        """The variable is named; an empty one is no store, not the default one."""
+        monkeypatch.setenv("JOBLOCK_STORE", url)
+        status, _, err = run("doctor")
+        assert status == 64
+        assert err.startswith("joblock: JOBLOCK_STORE: a store is sqlite:PATH")
 
     @pytest.mark.parametrize(
         ("text", "ms"),

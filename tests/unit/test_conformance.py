@@ -618,6 +618,17 @@ def test_a_store_that_only_raises_is_no_crash() -> None:
     assert found["clean-up"].count("raised") == 1
 
 
+def test_errors_that_name_their_key_are_told_once() -> None:
+    """As an SDK's, of a service that cannot be reached."""
+
+    class Unreachable(PlainStore):
+        def _called(self, *call: str) -> None:
+            raise OSError(f"no route to /{call[1]}")
+
+    (message,) = [it.message for it in check_store(Unreachable()) if it.check == "clean-up"]
+    assert message.count("no route") == 1
+
+
 def test_what_cannot_be_deleted_is_named() -> None:
     """Each key, so that an operator can delete it by hand."""
     store = Flaky(lambda _number, name: name == "delete")

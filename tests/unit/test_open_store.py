@@ -39,8 +39,10 @@ def test_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("AccountName=a;AccountKey=secret=;", "a store is sqlite:PATH"),
         ("AccountKey=secret;BlobEndpoint=https://x", "a store is sqlite:PATH"),
         ("redis://user:secret@host", "there is no 'redis'"),
-        ("memory:x", "there is no 'memory'"),
+        ("memory:x", "memory: has no more to it"),
         ("sqlite:", "path must name a file"),
+        ("sqlite://jobs.db", "a path as it is"),
+        ("sqlite:jobs.db?mode=ro", "a path as it is"),
     ],
 )
 def test_a_bad_url(url: str, problem: str) -> None:

@@ -196,7 +196,9 @@ def test_users_async_stores() -> None:
     plain: AsyncBlobStore = UsersAsyncStore()
     conditional: AsyncConditionalBlobStore = UsersAsyncConditionalStore()
     threaded: list[AsyncBlobStore] = [aio.ThreadedBlobStore(UsersPlainStore())]
+    both: list[AsyncConditionalBlobStore] = [aio.ThreadedBlobStore(MemoryBlobStore())]
     assert threaded
+    assert both
 
     async def life(store: AsyncBlobStore) -> None:
         result = await aio.acquire_job_lock(store, "u", "v")

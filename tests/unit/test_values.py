@@ -137,7 +137,7 @@ def test_errors_say_what_happened() -> None:
     assert [str(error) for error in ERRORS] == [
         "vault_id must not be 'a/b'",
         "'k' was changed by others in each of 16 attempts",
-        "job 'j' holds the lock until 10000",
+        "job 'j' holds the lock of 'u' / 'v' until 10000 (epoch milliseconds)",
         "job 'j' lost its lock: lease_expired",
     ]
 

@@ -34,7 +34,8 @@ def open_store(url: str) -> ConditionalBlobStore:
       and `NETLIFY_AUTH_TOKEN`.
     - `memory:`: a new, empty `MemoryBlobStore`.
 
-    A prefix stands before each key with a slash in between.
+    A prefix stands before each key with a slash in between. A path has no `?` and no two slashes
+    in front.
 
     Raises:
         ValueError: the URL is none of these, or the environment lacks what it needs.
@@ -44,11 +45,15 @@ def open_store(url: str) -> ConditionalBlobStore:
     scheme, _, rest = url.partition(":")
     try:
         match scheme:
-            case "memory" if not rest:
+            case "memory":
+                if rest:
+                    raise ValueError("memory: has no more to it, since it is new each time")
                 from .memory import MemoryBlobStore
 
                 return MemoryBlobStore()
             case "sqlite":
+                if re.match("//(?!/)|.*[?]", rest):
+                    raise ValueError("sqlite: takes a path as it is, such as sqlite:/srv/jobs.db")
                 from .sqlite import SqliteBlobStore
 
                 return SqliteBlobStore(rest)
