@@ -267,6 +267,78 @@ def test_text_that_others_wrote_and_that_is_not_utf8_is_no_record(tmp_path: Path
             assert joblock.acquire_job_lock(store, UID, VAULT).acquired
 
 
+class TestASignalHandlerThatRaises:
+    """Ctrl-C, or a time limit: at any moment, and nothing stays locked."""
+
+    def test_in_a_call(self, tmp_path: Path) -> None:
+        """Whenever it comes, other threads can use the store afterwards."""
+        result = run_python(
+            """
+            import random, signal, sys, threading
+            from joblock.stores.sqlite import SqliteBlobStore
+
+            class TimeLimit(Exception):
+                pass
+
+            def end(*_):
+                raise TimeLimit
+
+            signal.signal(signal.SIGALRM, end)
+            with SqliteBlobStore(sys.argv[1], timeout=0) as store:
+                for _ in range(2000):
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, random.uniform(20e-6, 200e-6))
+                        while True:
+                            store.get("k")
+                    except TimeLimit:
+                        pass
+                other = threading.Thread(target=lambda: print(store.get("k")))
+                other.start()
+                other.join()
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert (result.stdout, result.stderr) == ("None\n", "")
+
+    def test_in_the_opening(self, tmp_path: Path) -> None:
+        """While another program writes: the connection is closed, whoever keeps the exception."""
+        result = run_python(
+            """
+            import os, signal, sqlite3, sys, threading
+            from joblock.stores.sqlite import SqliteBlobStore
+
+            SqliteBlobStore(sys.argv[1]).close()
+            writer = sqlite3.connect(sys.argv[1], isolation_level=None, check_same_thread=False)
+            writer.execute("BEGIN IMMEDIATE")
+            interrupted = threading.Event()
+
+            def note(*_):
+                interrupted.set()
+                raise KeyboardInterrupt
+
+            signal.signal(signal.SIGINT, note)
+
+            def interrupt_then_end_writing():
+                os.kill(os.getpid(), signal.SIGINT)
+                writer.execute("COMMIT")
+
+            timer = threading.Timer(0.2, interrupt_then_end_writing)
+            timer.start()
+            try:
+                SqliteBlobStore(sys.argv[1])
+            except KeyboardInterrupt as error:
+                kept = error
+            timer.join()
+            assert interrupted.is_set()
+            writer.execute("BEGIN IMMEDIATE")
+            writer.close()
+            print("free", type(kept).__name__)
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert (result.stdout, result.stderr) == ("free KeyboardInterrupt\n", "")
+
+
 class TestFork:
     """A child has the same store, but never its parent's connection."""
 

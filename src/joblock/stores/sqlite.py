@@ -128,9 +128,9 @@ class SqliteBlobStore:
 
     def _execute(self, statement: str, *values: str) -> tuple[int, Any]:
         try:
-            if not self._lock.acquire(timeout=self._timeout):
-                raise sqlite3.OperationalError("database is locked by another thread's call")
-            try:
+            try:  # around the acquire too: a signal handler may raise as soon as it has returned
+                if not self._lock.acquire(timeout=self._timeout):
+                    raise sqlite3.OperationalError("database is locked by another thread's call")
                 if self._connection is None:
                     self._connection = self._connect()
                 cursor = self._connection.execute(statement, values)
@@ -138,7 +138,10 @@ class SqliteBlobStore:
                 # the connection by now.
                 return cursor.rowcount, cursor.fetchone() if cursor.description else None
             finally:
-                self._lock.release()
+                try:  # noqa: SIM105 - a signal handler may raise in a call of `suppress`, too
+                    self._lock.release()
+                except RuntimeError:  # this thread does not have it: acquiring it failed
+                    pass
         except sqlite3.Error as error:
             error.args = (f"{self._path}: {error}",)
             raise
@@ -155,7 +158,7 @@ class SqliteBlobStore:
             )
             try:
                 _prepare(connection)
-            except sqlite3.Error as error:
+            except BaseException as error:
                 connection.close()
                 # SQLite does not wait its timeout when processes switch a new file to WAL at once.
                 if not _is_busy(error) or time.monotonic() > deadline:
@@ -182,7 +185,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
     connection.execute("ROLLBACK")
 
 
-def _is_busy(error: sqlite3.Error) -> bool:
+def _is_busy(error: BaseException) -> bool:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 
