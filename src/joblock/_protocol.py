@@ -20,15 +20,22 @@ import uuid
 from collections.abc import Callable
 
 from .errors import InvalidIdError, StoreContentionError
-from .record import SURROGATES, JobLockRecord, as_number, as_text, job_lock_key
+from .record import (
+    SURROGATES,
+    JobLockRecord,
+    as_number,
+    as_text,
+    check_text,
+    job_lock_key,
+)
 from .results import Acquired, Held, Lost, ReleaseResult, Renewed
 from .store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
 
 JOB_LOCK_TTL_MS = 16 * 60 * 1000
 """Milliseconds: just past the 15 minutes that the original's background functions may run."""
 
-# Every refusal means that another client's write went through, so a few rounds are plenty. The
-# bound is there for a store that refuses for ever.
+# Nearly every refusal means that another client's write went through, so a few rounds are plenty.
+# The bound is there for a store that refuses for ever.
 ROUNDS = 16
 
 RELEASED = ReleaseResult(released=True)
@@ -118,7 +125,7 @@ async def release(
             raise InvalidIdError("expected_job_id", "must be given with an etag")
         await store.delete(key)
         return RELEASED
-    _check_job_id("expected_job_id", expected_job_id)
+    check_text("expected_job_id", expected_job_id)
 
     if not is_conditional(store):
         owned = _owned(await _read_plain(store, key), expected_job_id)
@@ -158,7 +165,7 @@ async def renew(
     record: JobLockRecord | None,
 ) -> Renewed | Lost:
     key = job_lock_key(canister_uid, vault_id)
-    _check_job_id("expected_job_id", expected_job_id)
+    check_text("expected_job_id", expected_job_id)
     _check_etag(etag)
     if record is not None and record.job_id != expected_job_id:
         raise InvalidIdError("record", f"is job {record.job_id!r}'s, not {expected_job_id!r}'s")
@@ -250,20 +257,15 @@ def _deadline(now_ms: float, ttl_ms: float) -> float | None:
 def _job_id(uuid_factory: Callable[[], uuid.UUID | str]) -> str:
     made = uuid_factory()
     job_id = str(made) if isinstance(made, uuid.UUID) else made
-    _check_job_id("uuid_factory's job id", job_id)
+    check_text("uuid_factory's job id", job_id)
     if not job_id.isascii() and SURROGATES.search(job_id):
         raise InvalidIdError("uuid_factory's job id", f"must not have surrogates, as {made!r}")
     return job_id
 
 
-def _check_job_id(argument: str, value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise InvalidIdError(argument, f"must be a non-empty string, not {value!r}")
-
-
 def _check_etag(etag: object) -> None:
     if etag is not None:
-        _check_job_id("etag", etag)
+        check_text("etag", etag)
 
 
 def _check_skew(clock_skew_ms: float) -> None:

@@ -27,6 +27,7 @@ from .store import (
     Blob,
     BlobStore,
     WrongStoreError,
+    blocking,
     is_conditional,
     require,
 )
@@ -265,20 +266,20 @@ class ThreadedBlobStore:
 
     async def get(self, key: str) -> str | bytes | None:
         """As `BlobStore.get`."""
-        return await asyncio.to_thread(self._store.get, key)
+        return await _in_thread(self._store.get)(key)
 
     async def set(self, key: str, value: str) -> None:
         """As `BlobStore.set`."""
-        await asyncio.to_thread(self._store.set, key, value)
+        await _in_thread(self._store.set)(key, value)
 
     async def delete(self, key: str) -> None:
         """As `BlobStore.delete`."""
-        await asyncio.to_thread(self._store.delete, key)
+        await _in_thread(self._store.delete)(key)
 
 
 def _in_thread(method: Callable[P, T]) -> _Async[P, T]:
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.to_thread(method, *args, **kwargs)
+        return blocking(await asyncio.to_thread(method, *args, **kwargs))
 
     return call
 

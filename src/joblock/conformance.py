@@ -15,13 +15,21 @@ import itertools
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
 from .record import job_lock_key
-from .store import Blob, BlobStore, ConditionalBlobStore, WrongStoreError, is_conditional, require
+from .store import (
+    Blob,
+    BlobStore,
+    ConditionalBlobStore,
+    WrongStoreError,
+    blocking,
+    is_conditional,
+    require,
+)
 
 __all__ = ["Finding", "check_store"]
 
@@ -221,14 +229,11 @@ def _said(error: Exception) -> str:
 
 
 def _blocking(answer: T) -> T:
-    if hasattr(answer, "__await__"):
-        if isinstance(answer, Coroutine):
-            answer.close()
-        raise WrongStoreError(
-            "the store is async: check the blocking store that it wraps, or give check_store an "
-            "object whose methods run it to the end (asyncio.run_coroutine_threadsafe)"
-        )
-    return answer
+    return blocking(
+        answer,
+        "check the blocking store that it wraps, or give check_store an object whose methods run "
+        "it to the end (asyncio.run_coroutine_threadsafe)",
+    )
 
 
 def _text(method: str, value: object) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 from . import _protocol
 from ._protocol import JOB_LOCK_TTL_MS
 from .errors import JobLockHeldError, JobLockLostError
-from .locks import _run, _view
+from .locks import run, view
 from .record import JobLockRecord, as_number, epoch_ms, job_lock_key
 from .results import Acquired, Held, Lost, Renewed
 from .store import AsyncBlobStore, BlobStore
@@ -395,7 +395,7 @@ def hold_job_lock(
     return _Hold(
         partial(
             begin,
-            _view(store, _protocol.HOLD_NEEDS),
+            view(store, _protocol.HOLD_NEEDS),
             canister_uid,
             vault_id,
             renew_every_ms=renew_every_ms,
@@ -430,7 +430,7 @@ class _Hold:
 
     def __enter__(self) -> HeldJobLock:
         self._enter()
-        self._lock = lock = _run(self._begin())
+        self._lock = lock = run(self._begin())
         self._ended = threading.Event()
         self._keep = partial(_keep, lock._keeper, weakref.ref(lock), self._ended)
         self._thread = threading.Thread(
@@ -464,7 +464,7 @@ def _keep(keeper: Keeper, holder: weakref.ref[HeldJobLock], ended: threading.Eve
         return ended.wait(_waitable(seconds))
 
     try:
-        _run(keeper.keep(holder, wait))
+        run(keeper.keep(holder, wait))
     except BaseException as error:  # a thread would drop a SystemExit without a word
         keeper.died(error)
 

@@ -19,7 +19,7 @@ from .store import (
     Blob,
     BlobStore,
     ConditionalBlobStore,
-    WrongStoreError,
+    blocking,
     is_conditional,
     require,
 )
@@ -64,9 +64,9 @@ def acquire_job_lock(
         Exception: what the store raised. If a write raised, the lock may have been taken with the
             id that `uuid_factory` gave: release that id, or leave the lease to expire.
     """
-    return _run(
+    return run(
         _protocol.acquire(
-            _view(store, _protocol.ACQUIRE_NEEDS),
+            view(store, _protocol.ACQUIRE_NEEDS),
             canister_uid,
             vault_id,
             actor_uid=actor_uid,
@@ -109,9 +109,9 @@ def release_job_lock(
         Exception: what the store raised. If the delete raised, the lock may be gone or not;
             releasing the same job id again is safe.
     """
-    return _run(
+    return run(
         _protocol.release(
-            _view(store, _protocol.release_needs(expected_job_id)),
+            view(store, _protocol.release_needs(expected_job_id)),
             canister_uid,
             vault_id,
             expected_job_id=expected_job_id,
@@ -128,7 +128,7 @@ def peek_job_lock(store: BlobStore, canister_uid: str, vault_id: str) -> JobLock
         TypeError: the store lacks `get` or is async.
         Exception: what a conditional store raised. On a plain store a failed read is None.
     """
-    return _run(_protocol.peek(_view(store, _protocol.PEEK_NEEDS), canister_uid, vault_id))
+    return run(_protocol.peek(view(store, _protocol.PEEK_NEEDS), canister_uid, vault_id))
 
 
 def renew_job_lock(
@@ -159,9 +159,9 @@ def renew_job_lock(
         Exception: what the store raised. The lock has its old or its new deadline; count on the
             old one, and retry before it passes.
     """
-    return _run(
+    return run(
         _protocol.renew(
-            _view(store, _protocol.RENEW_NEEDS),
+            view(store, _protocol.RENEW_NEEDS),
             canister_uid,
             vault_id,
             expected_job_id=expected_job_id,
@@ -173,7 +173,8 @@ def renew_job_lock(
     )
 
 
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that waits for nothing but a view to its end."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -183,17 +184,10 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("a view of a blocking store suspended")
 
 
-def _view(store: BlobStore, needed: tuple[str, ...]) -> AsyncBlobStore:
+def view(store: BlobStore, needed: tuple[str, ...]) -> AsyncBlobStore:
+    """Show a blocking store, which must have the methods `needed`, as an async one."""
     require(store, needed)
     return _ConditionalView(store) if is_conditional(store) else _PlainView(store)
-
-
-def _blocking(result: T) -> T:
-    if hasattr(result, "__await__"):
-        if isinstance(result, Coroutine):
-            result.close()
-        raise WrongStoreError("the store is async: use the functions of joblock.aio")
-    return result
 
 
 class _PlainView(Generic[S]):
@@ -201,24 +195,24 @@ class _PlainView(Generic[S]):
         self._store = store
 
     async def get(self, key: str) -> str | bytes | None:
-        return _blocking(self._store.get(key))
+        return blocking(self._store.get(key))
 
     async def set(self, key: str, value: str) -> None:
-        _blocking(self._store.set(key, value))
+        blocking(self._store.set(key, value))
 
     async def delete(self, key: str) -> None:
-        _blocking(self._store.delete(key))
+        blocking(self._store.delete(key))
 
 
 class _ConditionalView(_PlainView[ConditionalBlobStore]):
     async def get_with_etag(self, key: str) -> Blob | None:
-        return _blocking(self._store.get_with_etag(key))
+        return blocking(self._store.get_with_etag(key))
 
     async def set_if_new(self, key: str, value: str) -> str | None:
-        return _blocking(self._store.set_if_new(key, value))
+        return blocking(self._store.set_if_new(key, value))
 
     async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
-        return _blocking(self._store.set_if_match(key, value, etag))
+        return blocking(self._store.set_if_match(key, value, etag))
 
     async def delete_if_match(self, key: str, etag: str) -> bool:
-        return _blocking(self._store.delete_if_match(key, etag))
+        return blocking(self._store.delete_if_match(key, etag))

@@ -120,18 +120,20 @@ class JobLockRecord(Value):
 
     def to_json(self) -> str:
         """Return the text to store, the bytes of JavaScript's `JSON.stringify`."""
-        rest = f",{_stringify(self.extra)[1:]}" if self.extra else "}"
-        text = (
-            f'{{"jobId":{_stringify(self.job_id)}'
-            f',"canisterUid":{_stringify(self.canister_uid)}'
-            f',"vaultId":{_stringify(self.vault_id)}'
-            f',"actorUid":{_stringify(self.actor_uid)}'
-            f',"chunksToEmbed":{_stringify(self.chunks_to_embed)}'
-            f',"estimatedSeconds":{_stringify(self.estimated_seconds)}'
-            f',"reason":{_stringify(self.reason)}'
-            f',"startedAt":{_stringify(self.started_at)}'
-            f',"expiresAt":{_stringify(self.expires_at)}{rest}'
-        )
+        if self.extra:
+            text = _stringify(self.to_dict())
+        else:  # the same, in half of the time
+            text = (
+                f'{{"jobId":{_stringify(self.job_id)}'
+                f',"canisterUid":{_stringify(self.canister_uid)}'
+                f',"vaultId":{_stringify(self.vault_id)}'
+                f',"actorUid":{_stringify(self.actor_uid)}'
+                f',"chunksToEmbed":{_stringify(self.chunks_to_embed)}'
+                f',"estimatedSeconds":{_stringify(self.estimated_seconds)}'
+                f',"reason":{_stringify(self.reason)}'
+                f',"startedAt":{_stringify(self.started_at)}'
+                f',"expiresAt":{_stringify(self.expires_at)}}}'
+            )
         return text if text.isascii() else SURROGATES.sub(_well_formed, text)
 
     @classmethod
@@ -172,9 +174,14 @@ def as_number(value: object) -> float | None:
 _NOT_IN_AN_ID = re.compile("[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def _check_id(argument: str, value: object) -> None:
+def check_text(argument: str, value: object) -> None:
+    """Raise InvalidIdError unless `value` is a non-empty string."""
     if not isinstance(value, str) or not value:
         raise InvalidIdError(argument, f"must be a non-empty string, not {value!r}")
+
+
+def _check_id(argument: str, value: str) -> None:
+    check_text(argument, value)
     if value in (".", "..") or _NOT_IN_AN_ID.search(value):
         raise InvalidIdError(
             argument,

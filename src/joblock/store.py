@@ -11,9 +11,11 @@ cannot say whether its write took effect must raise.
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from typing import Any, Protocol, TypeGuard, overload
+from typing import Any, Protocol, TypeGuard, TypeVar, overload
 
 from ._value import Value, assign
+
+T = TypeVar("T")
 
 
 class Blob(Value):
@@ -125,7 +127,8 @@ def require(store: object, methods: tuple[str, ...]) -> None:
 
     Some of them but not all is a mistake, which must not silently cost the guarantee.
     """
-    missing = _missing(store, methods + CONDITIONAL)
+    every = methods + CONDITIONAL
+    missing = [name for name in every if not callable(getattr(store, name, None))]
     if not missing or missing == [*CONDITIONAL]:
         return
     lacking = [name for name in missing if name in methods]
@@ -139,5 +142,12 @@ def require(store: object, methods: tuple[str, ...]) -> None:
     )
 
 
-def _missing(store: object, methods: tuple[str, ...]) -> list[str]:
-    return [name for name in methods if not callable(getattr(store, name, None))]
+def blocking(
+    answer: T, instead: str = "use the functions of joblock.aio, and the store as it is"
+) -> T:
+    """Return the answer of a blocking store; raise TypeError if it is one to be awaited."""
+    if hasattr(answer, "__await__"):
+        if isinstance(answer, Coroutine):
+            answer.close()  # or Python warns that nobody awaited it
+        raise WrongStoreError(f"the store is async: {instead}")
+    return answer

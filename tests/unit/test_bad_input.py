@@ -14,6 +14,7 @@ import pytest
 import joblock
 from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio, locks
 from joblock.record import epoch_ms
+from joblock.store import CONDITIONAL
 from tests.support import (
     KEY,
     UID,
@@ -290,7 +291,7 @@ def test_only_a_view_of_a_blocking_store_is_run_to_its_end() -> None:
         await Suspend()
 
     with pytest.raises(RuntimeError, match="suspended"):
-        locks._run(suspend())
+        locks.run(suspend())
 
 
 def test_an_awaitable_that_is_no_coroutine_in_a_sync_function() -> None:
@@ -306,6 +307,42 @@ def test_an_awaitable_that_is_no_coroutine_in_a_sync_function() -> None:
 
     with pytest.raises(TypeError, match=r"joblock\.aio"):
         joblock.peek_job_lock(Store(), UID, VAULT)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "get k",
+        "set k v",
+        "delete k",
+        "get_with_etag k",
+        "set_if_new k v",
+        "set_if_match k v 1",
+        "delete_if_match k 1",
+    ],
+)
+def test_a_store_in_threads_whose_methods_return_coroutines(call: str) -> None:
+    """Which does not show before they are called: a coroutine is no etag, and no win."""
+
+    def decorated(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: method(*args, **kwargs)
+
+    store: Any = AsyncConditionalView(MemoryBlobStore())
+    for method in ("get", "set", "delete", *CONDITIONAL):
+        setattr(store, method, decorated(getattr(store, method)))
+    name, *arguments = call.split()
+    with pytest.raises(TypeError, match="the store is async"):
+        asyncio.run(getattr(aio.ThreadedBlobStore(store), name)(*arguments))
+    gc.collect()  # or it would warn of a coroutine that nobody awaited
+
+
+@pytest.mark.parametrize("method", ["get", "set", "delete", *CONDITIONAL])
+def test_a_store_in_threads_with_one_async_method(method: str) -> None:
+    """Any of them is found out at once."""
+    store: Any = MemoryBlobStore()
+    setattr(store, method, getattr(AsyncConditionalView(store), method))
+    with pytest.raises(TypeError, match="is async already"):
+        aio.ThreadedBlobStore(store)
 
 
 @pytest.mark.parametrize("store_type", [RecordingStore, PlainStore])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 import time
@@ -85,6 +86,13 @@ def test_extra_fields_of_newer_writers_are_kept_in_order() -> None:
     assert list(record.extra) == ["fence", "host", "big"]
     assert record.to_json() == FULL[:-1] + "," + extra + "}"
     assert record.to_dict()["fence"] == 7
+
+
+@pytest.mark.parametrize("extra", [{}, {"fence": 7}, {"jobId": "x"}])
+def test_the_text_is_that_of_the_dict(extra: dict[str, JsonValue]) -> None:
+    """The same names in the same order, each once, whatever `extra` has."""
+    record = JobLockRecord("j", "u", "v", "me", 5, 1.5, "why", 1, 2, extra)
+    assert json.loads(record.to_json(), object_pairs_hook=list) == list(record.to_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -289,6 +297,21 @@ def test_is_a_value() -> None:
     assert not hasattr(record, "__dict__")
     with pytest.raises(AttributeError):
         record.job_id = "other"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_numbers_that_print_themselves_otherwise() -> None:
+    """As NumPy's: they are written as the numbers that they are."""
+
+    class Whole(int):
+        def __repr__(self) -> str:
+            return "Whole(3)"
+
+    class Real(float):
+        def __repr__(self) -> str:
+            return "Real(1.5)"
+
+    text = JobLockRecord("j", "u", "v", chunks_to_embed=Whole(3), estimated_seconds=Real(1.5))
+    assert '"chunksToEmbed":3,"estimatedSeconds":1.5,' in text.to_json()
 
 
 def test_the_default_clock_is_javascripts_date_now() -> None:
