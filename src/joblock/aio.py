@@ -177,6 +177,7 @@ def hold_job_lock(
 
 
 _CANCELLING_S = 1.0  # for a store that does not heed it
+_RESTARTS = 3  # an event loop that shuts down cancels every task once
 
 
 class _Hold:
@@ -185,13 +186,14 @@ class _Hold:
         self._enter = Once()
 
     async def __aenter__(self) -> HeldJobLock:
+        asyncio.get_running_loop()  # no asyncio, no lock
         self._enter()
         self._lock = await self._begin()
         self._ended = asyncio.Event()
-        self._task = self._keep()
+        self._task = self._start()
         return self._lock
 
-    def _keep(self) -> asyncio.Task[None]:
+    def _start(self) -> asyncio.Task[None]:
         keeper = self._lock._keeper
         return asyncio.create_task(
             _keep(keeper, weakref.ref(self._lock), self._ended), name=f"joblock {keeper.key}"
@@ -207,22 +209,29 @@ class _Hold:
         if not keeper.end():
             return
         self._ended.set()
-        cancelled: asyncio.CancelledError | None = None
-        while not self._task.done() or not (keeper.finished or keeper.left_s() == 0):
-            left = keeper.left_s()
-            if self._task.done():  # an event loop that shuts down cancels every task
-                self._task = self._keep()
-            elif left == 0:
-                self._task.cancel()
-            try:
-                await asyncio.wait({self._task}, timeout=left or _CANCELLING_S)
-            except asyncio.CancelledError as error:
-                cancelled = error  # it goes on below: the release comes first
-            if left == 0:
-                break
+        cancelled: asyncio.CancelledError | None = None  # it goes on below, after the release
+        restarts = 0
+        while (left_s := keeper.left_s()) > 0 and not (self._task.done() and keeper.finished):
+            if self._task.done():
+                if restarts == _RESTARTS:
+                    break
+                restarts += 1
+                self._task = self._start()
+            cancelled = await self._wait(left_s) or cancelled
+        if not self._task.done():
+            self._task.cancel()
+            cancelled = await self._wait(_CANCELLING_S) or cancelled
         keeper.leave(cancelled or exc)
         if cancelled is not None:
             raise cancelled
+
+    async def _wait(self, seconds: float) -> asyncio.CancelledError | None:
+        """Wait so long for the task; return what cancels the waiting, if anything does."""
+        try:
+            await asyncio.wait({self._task}, timeout=seconds)
+        except asyncio.CancelledError as error:
+            return error
+        return None
 
 
 async def _keep(keeper: Keeper, holder: weakref.ref[HeldJobLock], ended: asyncio.Event) -> None:

@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.command:
         raise CommandError(USAGE, _NO_COMMAND)
     store = _open_shared(args.store)
-    status = UNAVAILABLE  # until the command has ended
+    status, ended = UNAVAILABLE, "was not started"
     with _log_to_stderr(), _signals() as signals:
         try:
             with hold_job_lock(
@@ -124,17 +124,18 @@ def _run(args: argparse.Namespace) -> int:
                 reason=args.reason,
                 actor_uid=f"{socket.gethostname()} process {os.getpid()}",
             ) as lock:
+                lock.check()  # the store may have taken longer than the lease lasts
                 status = _attend(args.command, lock, signals, args.grace / 1000)
+                ended = f"ended with {status}"
         except JobLockHeldError as error:
             raise CommandError(HELD, _held_by(args, error.existing)) from error
         except JobLockLostError as error:
-            line = f"the lock was lost; the command ended with {status}"
-            raise CommandError(LOST, line) from error
+            raise CommandError(LOST, f"the lock was lost; the command {ended}") from error
     return status
 
 
 def _attend(command: list[str], lock: HeldJobLock, signals: Signals, grace_s: float) -> int:
-    """Run the command to its end and return its status; pass on signals, stop it if lock is lost.
+    """Run the command to its end and return its status; pass on signals; stop it at a loss.
 
     At a terminal the command stays in this process's group: it can read the terminal, and Ctrl-C
     reaches it without help. Without one it leads a group of its own, which gets the signals; once

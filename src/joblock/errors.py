@@ -5,10 +5,12 @@ What a store raises is not here: it reaches the caller unchanged.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from .record import JobLockRecord
+
+LossReason: TypeAlias = Literal["lock_owned_by_other_job", "lock_already_gone", "lease_expired"]
 
 
 class JobLockError(Exception):
@@ -74,7 +76,7 @@ class JobLockLostError(JobLockError):
     them have done.
     """
 
-    def __init__(self, job_id: str, reason: str, current: JobLockRecord | None) -> None:
+    def __init__(self, job_id: str, reason: LossReason, current: JobLockRecord | None) -> None:
         super().__init__(job_id, reason, current)
         self.job_id = job_id
         self.reason = reason

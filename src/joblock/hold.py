@@ -19,7 +19,7 @@ from typing import Any
 
 from . import _protocol
 from ._protocol import JOB_LOCK_TTL_MS
-from .errors import JobLockHeldError, JobLockLostError
+from .errors import JobLockHeldError, JobLockLostError, LossReason
 from .locks import run, view
 from .record import JobLockRecord, as_number, epoch_ms, job_lock_key
 from .results import Acquired, Held, Lost, Renewed
@@ -34,6 +34,10 @@ _monotonic = (
 def monotonic_ms() -> float:
     """Milliseconds of a clock that nobody sets."""
     return _monotonic() * 1000
+
+
+# A clock that gives whole milliseconds drops a fraction: the record ends that much sooner.
+_LOST_EARLY_MS = 1
 
 
 class Lease:
@@ -58,13 +62,12 @@ class Lease:
         self.failure: BaseException | None = None
         self._renew_every_ms = renew_every_ms
         self._retry_every_ms = min(renew_every_ms, self.ttl_ms - renew_every_ms) / 4
-        self._loss: tuple[str, JobLockRecord | None] | None = None
+        self._loss: tuple[LossReason, JobLockRecord | None] | None = None
         self._ended = False
         self._granted(begun)
 
     def _granted(self, begun: float) -> None:
-        # A clock that gives whole milliseconds drops a fraction: the record ends that much sooner.
-        self.deadline: float = begun + self.ttl_ms - 1
+        self.deadline: float = begun + self.ttl_ms - _LOST_EARLY_MS
         self._due = begun + self._renew_every_ms
 
     def wait_ms(self, now: float) -> float:
@@ -74,6 +77,7 @@ class Lease:
     def answered(self, result: Renewed | Lost, begun: float, now: float) -> None:
         """Take in the answer to a renewal. One that comes after the deadline saves nothing."""
         if isinstance(result, Lost):
+            self.failure = None  # the store has answered: no failure explains this loss
             self.lose(result.reason, result.current)
         elif self.loss(now) is None:
             self.record, self.etag, self.failure = result.record, result.etag, None
@@ -84,7 +88,7 @@ class Lease:
         self.failure = error
         self._due = now + self._retry_every_ms
 
-    def lose(self, reason: str, current: JobLockRecord | None) -> None:
+    def lose(self, reason: LossReason, current: JobLockRecord | None) -> None:
         """Take in that the lock is not this job's any more."""
         self._loss = (reason, current)
 
@@ -93,7 +97,7 @@ class Lease:
         self._ended = self.loss(now) is None
 
     def loss(self, now: float) -> JobLockLostError | None:
-        """What tells of the loss, if the lock is lost, also when nobody has noticed it yet."""
+        """Return the error that tells of the loss, or None; notice a deadline that has passed."""
         if self._loss is None and not self._ended and now >= self.deadline:
             self.lose("lease_expired", None)
         if self._loss is None:
@@ -160,7 +164,6 @@ class Keeper:
         *,
         clock: Callable[[], float],
         now: Callable[[], float],
-        process: int,
     ) -> None:
         import logging  # here, not above: `import joblock` shall stay quick
 
@@ -173,7 +176,7 @@ class Keeper:
         self._log = logging.getLogger("joblock")
         self._loss_unlogged = threading.Lock()
         self._release_tried = False
-        self._process = process
+        self._process = os.getpid()
 
     def loss(self) -> JobLockLostError | None:
         """The lease's loss; logged once, by whoever notices it first."""
@@ -311,10 +314,10 @@ async def begin(
     """Acquire the lock that is to be kept, or raise `JobLockHeldError`."""
     lease_ms = _protocol.lease_ms(ttl_ms)
     every_ms = lease_ms / 3 if renew_every_ms is None else as_number(renew_every_ms)
-    if every_ms is None or not 0 < every_ms < lease_ms:
+    if every_ms is None or not 0 < every_ms < lease_ms - _LOST_EARLY_MS:
         raise ValueError(
-            f"renew_every_ms must be more than 0 and less than the TTL of {lease_ms} ms, "
-            f"not {renew_every_ms!r}"
+            f"renew_every_ms must be more than 0 and less than the TTL of {lease_ms} ms "
+            f"by more than {_LOST_EARLY_MS} ms, not {every_ms!r}"
         )
     begun = monotonic_ms()
     acquired = await _protocol.acquire(
@@ -333,17 +336,8 @@ async def begin(
     if isinstance(acquired, Held):
         raise JobLockHeldError(acquired.existing)
     lease = Lease(acquired, begun=begun, renew_every_ms=every_ms)
-    return HeldJobLock(
-        Keeper(
-            store,
-            canister_uid,
-            vault_id,
-            lease,
-            clock=clock,
-            now=monotonic_ms,
-            process=os.getpid(),
-        )
-    )
+    keeper = Keeper(store, canister_uid, vault_id, lease, clock=clock, now=monotonic_ms)
+    return HeldJobLock(keeper)
 
 
 def hold_job_lock(
@@ -366,20 +360,23 @@ def hold_job_lock(
     Entering acquires, with `acquire_job_lock`'s keywords, and gives a `HeldJobLock`. A daemon
     thread renews the lock every `renew_every_ms`, so a job may run for hours with a TTL of a
     minute, and if its process is killed the lock is free within that minute. The default is a
-    third of the TTL: an outage of the store that swallows two renewals is survived, for one that
-    failed is retried four times as often. Whatever the block raises, leaving releases the lock.
+    third of the TTL: an outage of the store that swallows two renewals is survived, because one
+    that failed is retried after a quarter of the interval. Whatever the block raises, leaving
+    releases the lock.
 
     The lock is lost when another job has it, when its record is gone, or when no renewal
-    succeeded before the lease's deadline, which this process sees no later than any whose clock
-    agrees. `lost` and `check()` tell the block, which is not interrupted. Leaving it then raises
-    `JobLockLostError`, or adds a note to what the block itself raised, and releases nothing.
+    succeeded before the lease's deadline, which passes here no later than for any host whose
+    clock agrees. `lost` and `check()` tell the block, which is not interrupted. Leaving it then
+    raises `JobLockLostError`, or adds a note to what the block itself raised, and releases nothing.
 
     `clock` only dates the record; renewals, `lost` and the deadline go by real time. So a test of a
     loss puts another record in the store, or none, and gives a small `renew_every_ms`.
 
-    Leaving waits until the store has answered, at the longest until the lease's deadline. A
-    release that fails is only logged, since the job is done and its lease will expire. A block
-    that is left in a forked child releases nothing. What this returns is for one `with` block.
+    Leaving waits until the store has answered, at the longest until the lease's deadline. What a
+    signal handler raises meanwhile, such as KeyboardInterrupt, goes on after that; a second one
+    ends the waiting. A release that fails is only logged, since the job is done and its lease will
+    expire. A block that is left in a forked child releases nothing. What this returns is for one
+    `with` block.
 
     The logger "joblock" tells of a takeover, a failed renewal or a failed release (WARNING) and
     of a loss (ERROR).
@@ -388,8 +385,8 @@ def hold_job_lock(
         JobLockHeldError: on entering; another job has the lock. Nothing was written.
         JobLockLostError: on leaving; another job may have run at the same time.
         InvalidIdError, TypeError, StoreContentionError: on entering, as `acquire_job_lock`.
-        ValueError: also if `renew_every_ms` is not more than 0 and less than the TTL. Nothing was
-            written.
+        ValueError: also if `renew_every_ms` is not more than 0, and less than the TTL by more
+            than a millisecond. Nothing was written.
         Exception: what the store raised on entering, as `acquire_job_lock`.
     """
     return _Hold(
@@ -431,8 +428,8 @@ class _Hold:
     def __enter__(self) -> HeldJobLock:
         self._enter()
         self._lock = lock = run(self._begin())
-        self._ended = threading.Event()
-        self._keep = partial(_keep, lock._keeper, weakref.ref(lock), self._ended)
+        self._ended, self._kept = threading.Event(), threading.Event()
+        self._keep = partial(_keep, lock._keeper, weakref.ref(lock), self._ended, self._kept)
         self._thread = threading.Thread(
             target=self._keep, name=f"joblock {lock._keeper.key}", daemon=True
         )
@@ -451,15 +448,39 @@ class _Hold:
         traceback: TracebackType | None,
     ) -> None:
         keeper = self._lock._keeper
-        if keeper.end():
-            self._ended.set()
-            self._thread.join(_waitable(keeper.left_s()))
-            if not self._thread.is_alive() and not keeper.finished:
-                self._keep()  # the thread died
-            keeper.leave(exc)
+        if not keeper.end():
+            return
+        self._ended.set()
+        if self._thread is threading.current_thread():
+            return  # the block's generator was collected during a renewal, which comes first
+        interrupt: BaseException | None = None
+        try:
+            self._finish()
+        except BaseException as error:  # a signal handler's: it goes on after the release
+            interrupt = error
+            self._finish()
+        keeper.leave(interrupt or exc)
+        if interrupt is not None:
+            raise interrupt
+
+    def _finish(self) -> None:
+        """Wait until the thread has released the lock; release it here if it cannot."""
+        keeper = self._lock._keeper
+        if not sys.is_finalizing():  # then daemon threads run no more, and never end
+            # Not `join`: in Python 3.11 and 3.12 a thread is over once a join is interrupted.
+            if not self._kept.wait(_waitable(keeper.left_s())):
+                return
+            self._thread.join()
+        if not keeper.finished:
+            self._keep()
 
 
-def _keep(keeper: Keeper, holder: weakref.ref[HeldJobLock], ended: threading.Event) -> None:
+def _keep(
+    keeper: Keeper,
+    holder: weakref.ref[HeldJobLock],
+    ended: threading.Event,
+    kept: threading.Event,
+) -> None:
     async def wait(seconds: float) -> bool:
         return ended.wait(_waitable(seconds))
 
@@ -467,6 +488,8 @@ def _keep(keeper: Keeper, holder: weakref.ref[HeldJobLock], ended: threading.Eve
         run(keeper.keep(holder, wait))
     except BaseException as error:  # a thread would drop a SystemExit without a word
         keeper.died(error)
+    finally:
+        kept.set()
 
 
 def _waitable(seconds: float) -> float:

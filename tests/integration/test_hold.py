@@ -110,6 +110,70 @@ class TestAForkedChild:
         assert result.stdout == "done\n", result.stderr
 
 
+class TestAnInterrupt:
+    """Ctrl-C, which Python raises in the main thread, while it leaves the block."""
+
+    CODE = """
+    import signal
+
+    class Slow(SqliteBlobStore):
+        def delete_if_match(self, key, etag):
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+            if times > 1:
+                time.sleep(60)
+            return super().delete_if_match(key, etag)
+
+    times = {times}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with joblock.hold_job_lock(Slow(sys.argv[1]), "u", "v"):
+        pass
+    """
+
+    def test_the_release_comes_first(self, tmp_path: Path) -> None:
+        """Then the program ends as it should."""
+        path = tmp_path / "jobs.db"
+        result = run_python(self.CODE.replace("{times}", "1"), "sqlite", path)
+        assert result.stderr.endswith("KeyboardInterrupt\n")
+        with SqliteBlobStore(path) as store:
+            assert peek_job_lock(store, "u", "v") is None
+
+    def test_a_second_one_ends_the_waiting(self, tmp_path: Path) -> None:
+        """The store may hang: the lease is left to expire."""
+        path = tmp_path / "jobs.db"
+        started = time.monotonic()
+        result = run_python(self.CODE.replace("{times}", "2"), "sqlite", path)
+        assert time.monotonic() - started < 50
+        assert result.stderr.endswith("KeyboardInterrupt\n")
+        with SqliteBlobStore(path) as store:
+            assert peek_job_lock(store, "u", "v") is not None
+
+
+@pytest.mark.parametrize("kept_by", ["a global", "a cycle"])
+def test_a_generator_that_python_ends_at_its_own_end(tmp_path: Path, kept_by: str) -> None:
+    """The lock is released, at once, though the renewing thread does not run any more."""
+    path = tmp_path / "jobs.db"
+    code = """
+    def steps():
+        with joblock.hold_job_lock(store, "u", "v"):
+            yield 1
+            yield 2
+
+    class Node:
+        pass
+
+    kept = steps()
+    next(kept)
+    """
+    if kept_by == "a cycle":
+        code += "node = Node(); node.itself = node; node.kept = kept; del kept, node"
+    result = run_python(code, "sqlite", path)
+    assert (result.returncode, result.stderr) == (0, "")
+    with SqliteBlobStore(path) as store:
+        assert peek_job_lock(store, "u", "v") is None
+
+
 def test_a_killed_holder_is_taken_over_within_one_ttl(tmp_path: Path) -> None:
     """It renewed beyond its first lease, was killed, and the next holder sees whose lock it was."""
     path = tmp_path / "jobs.db"

@@ -178,6 +178,18 @@ class TestRun:
         assert ("joblock: the command goes on: killing it\n" in err) == bool(trap)
         assert err.endswith(f"joblock: the lock was lost; the command ended with {ended_with}\n")
 
+    def test_lost_before_the_command(self, run: Run, store: SqliteBlobStore, path: Path) -> None:
+        """The store took longer than the lease lasts: another run may have begun, so 76."""
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute(
+                "CREATE TRIGGER slow BEFORE INSERT ON joblock BEGIN SELECT count(*) FROM ("
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000)"
+                "SELECT i FROM n); END"
+            )
+        status, out, err = run("run", UID, VAULT, "--ttl", "10ms", "--", "echo", "ran")
+        assert (status, out) == (76, "")
+        assert err.endswith("joblock: the lock was lost; the command was not started\n")
+
     def test_store_fails_before(self, run: Run, tmp_path: Path) -> None:
         """69, one line, and the command does not run."""
         url = f"sqlite:{tmp_path}/missing/jobs.db"

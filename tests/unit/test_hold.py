@@ -89,7 +89,6 @@ class Simulation:
             self.lease,
             clock=self.clock,
             now=self.monotonic,
-            process=os.getpid(),
         )
         self.lock = HeldJobLock(self.keeper)
         self.pass_time: Callable[[float], None] = self.clock.tick
@@ -244,6 +243,15 @@ class TestInSimulatedTime:
         store.script = [lambda: simulation.clock.tick(MINUTE * 2 / 3)]
         with pytest.raises(JobLockLostError, match="lease_expired"):
             simulation.job(HOUR)
+
+    def test_a_failure_before_an_answer_is_no_cause(self) -> None:
+        """The store has answered since, and says itself that the lock is gone."""
+        store = FlakyStore()
+        simulation = Simulation(store)
+        store.script = [fail, lambda: joblock.release_job_lock(store, UID, VAULT)]
+        with pytest.raises(JobLockLostError, match="lock_already_gone") as caught:
+            simulation.job(HOUR)
+        assert caught.value.__cause__ is None
 
     def test_a_failure_that_was_made_good_is_no_cause(self) -> None:
         """The loss is explained by what led to it, not by what a renewal has mended."""
@@ -499,7 +507,7 @@ class TestHolding:
         assert levels(caplog) == ["WARNING"]
         assert crashed.job_id in caplog.text
 
-    @pytest.mark.parametrize("every", [0, -1, float("nan"), float("inf"), "5", True, 1000, 2000])
+    @pytest.mark.parametrize("every", [0, -1, float("nan"), float("inf"), "5", True, 999, 2000])
     def test_an_interval_that_cannot_be(self, hold: Hold, every: Any) -> None:
         """A ValueError before anything is written."""
         store = RecordingStore()
@@ -528,6 +536,21 @@ class TestHolding:
 
         hold(MemoryBlobStore(), body, ttl_ms=ttl, renew_every_ms=2)
         assert leases[0] >= joblock.JOB_LOCK_TTL_MS
+
+    def test_every_keyword_reaches_the_acquire(self, hold: Hold) -> None:
+        """What describes the job, and the clocks' skew, for which a lock is honoured longer."""
+        store = MemoryBlobStore()
+        told = {"actor_uid": "me", "chunks_to_embed": 5, "estimated_seconds": 7.5, "reason": "r"}
+        seen: list[dict[str, Any]] = []
+
+        def body(lock: HeldJobLock) -> None:
+            seen.append({name: getattr(lock.record, name) for name in told})
+
+        hold(store, body, **told)
+        assert seen == [told]
+        assert acquire_job_lock(store, UID, VAULT, ttl_ms=1000, clock=lambda: 0)
+        with pytest.raises(JobLockHeldError):
+            hold(store, pytest.fail, clock=lambda: 1500, clock_skew_ms=501)
 
     def test_a_ttl_beyond_what_a_thread_can_wait_for(self, hold: Hold) -> None:
         """It is a lease like any other."""
@@ -667,17 +690,9 @@ def inherited_lock(store: BlobStore) -> HeldJobLock:
     """A lock as a forked child finds it: its parent's."""
     won = acquired(acquire_job_lock(store, UID, VAULT))
     lease = Lease(won, begun=monotonic_ms(), renew_every_ms=2)
-    return HeldJobLock(
-        Keeper(
-            async_view(store),
-            UID,
-            VAULT,
-            lease,
-            clock=epoch_ms,
-            now=monotonic_ms,
-            process=os.getppid(),
-        )
-    )
+    keeper = Keeper(async_view(store), UID, VAULT, lease, clock=epoch_ms, now=monotonic_ms)
+    keeper._process = os.getppid()
+    return HeldJobLock(keeper)
 
 
 def test_a_block_that_another_process_entered_is_left_as_it_is() -> None:
@@ -788,6 +803,35 @@ class TestAThread:
             answer.set()
         poll(lambda: list(store) == [])  # and once it answers, the lock is released late
         assert not lock.lost
+
+    def test_in_a_generator_that_is_collected_during_a_renewal(self) -> None:
+        """By the very thread that renews, which cannot wait for itself: it releases afterwards."""
+
+        class Collecting(MemoryBlobStore):
+            def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+                gc.collect()
+                return super().set_if_match(key, value, etag)
+
+        store = Collecting()
+
+        def steps() -> Iterator[int]:
+            with hold_job_lock(store, UID, VAULT, ttl_ms=10 * MINUTE, renew_every_ms=100):
+                yield 1
+                yield 2
+
+        class Node:
+            steps: Iterator[int]
+
+        node = Node()
+        node.steps = steps()
+        setattr(node, "itself", node)  # noqa: B010
+        gc.disable()
+        try:
+            assert next(node.steps) == 1
+            del node
+            poll(lambda: list(store) == [])
+        finally:
+            gc.enable()
 
     def test_in_generators_and_exit_stacks(self) -> None:
         """However the block is left."""
@@ -995,6 +1039,62 @@ class TestATask:
 
         run(main)
 
+    def test_a_cancellation_comes_before_what_the_body_raised(self) -> None:
+        """It is what goes on, so it carries the note of the loss."""
+
+        async def main(store: AsyncFlaky) -> None:
+            store.hanging = "release"
+
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    raise ValueError
+
+            task = asyncio.create_task(job())
+            await store.called.wait()
+            task.cancel()
+            await store.delete(KEY)
+            store.answer.set()
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await task
+            assert "lock_already_gone" in caught.value.__notes__[0]
+
+        run(main)
+
+    def test_without_asyncio(self) -> None:
+        """Found out before the lock is taken: nobody could renew it."""
+        store = MemoryBlobStore()
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            await_now(aio.hold_job_lock(async_view(store), UID, VAULT).__aenter__())
+        assert list(store) == []
+
+    def test_a_task_that_always_dies(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Here of a logger's filter: leaving gives up instead of trying for ever."""
+        died: list[asyncio.Future[None]] = []
+
+        def broken(record: logging.LogRecord) -> bool:
+            task = asyncio.current_task()
+            assert task is not None
+            died.append(task)
+            raise RuntimeError("a bug")
+
+        async def main(store: AsyncFlaky) -> None:
+            assert acquire_job_lock(store.conditional, UID, VAULT, ttl_ms=1, clock=lambda: 0)
+            async with aio.hold_job_lock(store, UID, VAULT, ttl_ms=3000):
+                logger.addFilter(broken)
+                await asyncio.sleep(0)
+                await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+
+        logger = logging.getLogger("joblock")
+        try:
+            with pytest.raises(RuntimeError, match="a bug"):
+                run(main)
+        finally:
+            logger.removeFilter(broken)
+        assert 1 < len({id(task) for task in died}) < 10
+        for task in died:
+            if task.done():
+                task.exception()
+
     def test_an_event_loop_that_shuts_down(self) -> None:
         """`asyncio.run` cancels every task at once, the renewing one too: still released."""
         store = MemoryBlobStore()
@@ -1036,7 +1136,7 @@ class TestATask:
         async def main(store: AsyncFlaky) -> None:
             store.hanging = hanging
             async with aio.hold_job_lock(
-                store, UID, VAULT, ttl_ms=500, renew_every_ms=1 if hanging == "renewal" else 499
+                store, UID, VAULT, ttl_ms=500, renew_every_ms=1 if hanging == "renewal" else 498
             ) as lock:
                 if hanging == "renewal":
                     await store.called.wait()
