@@ -1,7 +1,8 @@
 """Frozen, slotted values, compared by their fields, as a frozen dataclass is.
 
 They are no dataclasses because importing `dataclasses` and running it would be half of the time
-that `import joblock` takes.
+that `import joblock` takes. `dataclass_transform` only tells type checkers that fields cannot be
+assigned; to change one, use `copy.replace`, or `__replace__` before Python 3.13.
 """
 
 from __future__ import annotations

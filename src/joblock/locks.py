@@ -56,7 +56,8 @@ def acquire_job_lock(
     may differ. `clock` returns epoch milliseconds, `uuid_factory` the new job's id.
 
     Raises:
-        InvalidIdError: an id cannot name a lock. Nothing was written.
+        InvalidIdError: an id cannot name a lock, or `uuid_factory` gave none that can name a job.
+            Nothing was written.
         TypeError: the store lacks methods or is async, or the clock gives no finite number.
             Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
         ValueError: `clock_skew_ms` is negative or not a finite number. Nothing was written.
