@@ -335,15 +335,18 @@ def _create_only(probe: _ConditionalProbe) -> str:
 def _if_match(probe: _ConditionalProbe) -> str:
     key = probe.new_key()
     etag = probe.created(key, probe.new_text())
-    for source in ("a write", "a read"):
+    for source in ("set_if_new", "set_if_match", "get_with_etag"):
+        if source == "get_with_etag":
+            etag = probe.current_etag(key)
         text = probe.new_text()
-        if probe.set_if_match(key, text, etag) is None:
+        written = probe.set_if_match(key, text, etag)
+        if written is None:
             raise _BrokenRuleError(
                 f"set_if_match refused the current etag, which {source} gave: no lock can be "
                 "renewed or taken over with it"
             )
         probe.expect(key, text, "set_if_match")
-        etag = probe.current_etag(key)
+        etag = written
     return "set_if_match writes under the current etag"
 
 

@@ -229,6 +229,11 @@ class ReadsAnotherEtag(MemoryBlobStore):
         return None if blob is None else Blob(blob.value, f"W/{blob.etag}")
 
 
+class GivesBackTheOldEtag(MemoryBlobStore):
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return None if super().set_if_match(key, value, etag) is None else etag
+
+
 class EtagIsANumber(MemoryBlobStore):
     def get_with_etag(self, key: str) -> Any:
         blob = super().get_with_etag(key)
@@ -408,6 +413,7 @@ BREAKAGES: list[tuple[Broken, set[str]]] = [
     (OneEtagForAll, STALE),
     (EtagIsTheLength, STALE),
     (ReadsAnotherEtag, {"if-match"}),
+    (GivesBackTheOldEtag, {"if-match"}),
     (EtagIsANumber, READING_ETAGS),
     (NoEtagWhenRead, READING_ETAGS),
     (NoBlobWhenRead, READING_ETAGS),
@@ -453,8 +459,9 @@ def test_every_check_fails_for_some_store() -> None:
         (RacyDelete, "update-or-delete", "2 of 8 simultaneous calls that exclude each other"),
         (NeverMatches, "one-update", "none of 8 simultaneous calls succeeded: safe"),
         (CreatesThoughItRefuses, "one-create", "after a race that its writer won"),
-        (NeverMatches, "if-match", "refused the current etag, which a write gave"),
-        (ReadsAnotherEtag, "if-match", "refused the current etag, which a read gave"),
+        (NeverMatches, "if-match", "refused the current etag, which set_if_new gave"),
+        (GivesBackTheOldEtag, "if-match", "the current etag, which set_if_match gave"),
+        (ReadsAnotherEtag, "if-match", "the current etag, which get_with_etag gave"),
         (CreatesWithTrue, "create-only", "set_if_new gave a value of type bool, not an etag"),
         (RefusesWithAnEmptyEtag, "create-only", "set_if_new gave an empty etag"),
         (DeletesWithNone, "conditional-delete", "a value of type NoneType, not a bool"),
