@@ -267,6 +267,13 @@ class ForgetsAccents(MemoryBlobStore):
         return super()._write(key, value.encode("ascii", "replace").decode())
 
 
+class CutsLongText(MemoryBlobStore):
+    """As a database that is not strict."""
+
+    def _write(self, key: str, value: str) -> str:
+        return super()._write(key, value[:4000])
+
+
 class NotUtf8(Bytes):
     def get(self, key: str) -> Any:
         value = super().get(key)
@@ -421,6 +428,7 @@ BREAKAGES: list[tuple[Broken, set[str]]] = [
     (ParsesWhatItReads, READING),
     (NotUtf8, READING),
     (ForgetsAccents, {"text-unchanged"}),
+    (CutsLongText, {"text-unchanged"}),
     (NeverReallyDeletes, {"delete", "missing-key", "clean-up"}),
     (DeleteNeedsAKey, {"delete", "clean-up"}),
     (RemembersThatThereWasNoKey, {"read-your-writes", "conditional-delete"}),
@@ -471,6 +479,8 @@ def test_every_check_fails_for_some_store() -> None:
         (NoBlobWhenRead, "stale-etag", "a value of type tuple, not a Blob or None"),
         (ParsesWhatItReads, "read-your-writes", "a value of type dict, not text, bytes or None"),
         (NotUtf8, "read-your-writes", "after set, get gave"),
+        (ForgetsAccents, "text-unchanged", "日本"),
+        (CutsLongText, "text-unchanged", "(4000 characters) instead of"),
         (NeverReallyDeletes, "clean-up", "get still gives a value after delete; to be deleted by"),
     ],
 )
@@ -533,6 +543,7 @@ class OnlyPlain:
     [
         (ParsesWhatItReads, {"read-your-writes", "text-unchanged"}),
         (ForgetsAccents, {"text-unchanged"}),
+        (CutsLongText, {"text-unchanged"}),
         (CachesWhatItRead, {"read-your-writes"}),
         (NeverReallyDeletes, {"delete", "clean-up"}),
         (DeleteNeedsAKey, {"delete", "clean-up"}),
