@@ -61,7 +61,7 @@ def check_store(store: BlobStore) -> list[Finding]:
     apply. What the store raises is a finding too; a 429 among them means that the service limits
     how often a key may be written, and that this check tells nothing.
 
-    It makes at most 200 requests, a third of them in bursts of 8 from as many threads; on a plain
+    It makes at most 210 requests, a third of them in bursts of 8 from as many threads; on a plain
     store at most 20. The keys are `index-jobs/joblock-conformance-.../...`, so it needs the
     permissions that the lock needs and no others; locks are not touched. Every key is deleted at
     the end, whatever happened; one that may be left is named in "clean-up".
@@ -382,6 +382,22 @@ def _stale_etag(probe: _ConditionalProbe) -> str:
     return "set_if_match refuses a stale etag"
 
 
+def _etag_reuse(probe: _ConditionalProbe) -> str:
+    key, text = probe.new_key(), probe.new_text()
+    stale = probe.created(key, probe.new_text())
+    probe.delete(key)
+    probe.created(key, text)
+    if probe.set_if_match(key, probe.new_text(), stale) is not None or probe.delete_if_match(
+        key, stale
+    ):
+        raise _BrokenRuleError(
+            "an etag from before the key was deleted and created again was taken: a late renewal "
+            "or release takes the next job's live lock; no etag may come back for another value"
+        )
+    probe.expect(key, text, "a set_if_match and a delete_if_match that were refused")
+    return "an etag does not come back when a key is deleted and created again"
+
+
 def _missing_key(probe: _ConditionalProbe) -> str:
     key = probe.new_key()
     etag = probe.created(key, probe.new_text())
@@ -513,6 +529,7 @@ _CONDITIONAL_CHECKS: Mapping[str, Callable[[_ConditionalProbe], str]] = {
     "if-match": _if_match,
     "etag-changes": _etag_changes,
     "stale-etag": _stale_etag,
+    "etag-reuse": _etag_reuse,
     "missing-key": _missing_key,
     "conditional-delete": _conditional_delete,
     "stale-delete": _stale_delete,

@@ -48,7 +48,11 @@ class BlobStore(Protocol):
 
 
 class ConditionalBlobStore(BlobStore, Protocol):
-    """A blocking store with conditional writes."""
+    """A blocking store with conditional writes.
+
+    An etag never comes back for another value, not even when its key is deleted and created again:
+    else a late renewal or release would take the next job's lock.
+    """
 
     def get_with_etag(self, key: str, /) -> Blob | None:
         """Return the value and its etag, or None if there is no such key."""

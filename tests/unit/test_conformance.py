@@ -25,7 +25,7 @@ from tests.support import AsyncConditionalView, AsyncView, PlainStore, Recording
 PLAIN = ["conditional-writes", "read-your-writes", "text-unchanged", "delete", "clean-up"]
 ALL = [
     *PLAIN[:-1],
-    *("create-only", "if-match", "etag-changes", "stale-etag", "missing-key"),
+    *("create-only", "if-match", "etag-changes", "stale-etag", "etag-reuse", "missing-key"),
     *("conditional-delete", "stale-delete", "one-create", "one-update", "update-or-delete"),
     "clean-up",
 ]
@@ -221,6 +221,30 @@ class EtagIsTheLength(MemoryBlobStore):
         return etag
 
 
+class NumbersVersionsOfAKey(MemoryBlobStore):
+    """As a version column does: a key that is created again starts at 1 again."""
+
+    def _write(self, key: str, value: str) -> str:
+        etag = str(int(self._blobs[key][1]) + 1 if key in self._blobs else 1)
+        self._blobs[key] = (value, etag)
+        return etag
+
+
+class DeletesByTheVersionOfAKey(MemoryBlobStore):
+    """Only the condition of a delete looks at the version column, which starts at 1 again."""
+
+    def _write(self, key: str, value: str) -> str:
+        version = int(self._blobs[key][1].split(".")[0]) + 1 if key in self._blobs else 1
+        etag = f"{version}.{next(self._etags)}"
+        self._blobs[key] = (value, etag)
+        return etag
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        current = self._blobs.get(key, ("", "gone"))[1]
+        same = current.split(".")[0] == etag.split(".")[0]
+        return super().delete_if_match(key, current if same else etag)
+
+
 class ReadsAnotherEtag(MemoryBlobStore):
     """As a proxy that compresses the body and marks the etag as weak."""
 
@@ -392,7 +416,7 @@ READING = CREATING - {"etag-changes", "missing-key", "update-or-delete", "delete
     "read-your-writes"
 }
 READING_ETAGS = READING | {"etag-changes"}
-STALE = {"etag-changes", "stale-etag", "stale-delete", "one-update"}
+STALE = {"etag-changes", "stale-etag", "etag-reuse", "stale-delete", "one-update"}
 SOMETIMES = "update-or-delete"  # it may be in order, if the delete comes first, or the update
 
 Broken = Callable[[], MemoryBlobStore]
@@ -403,22 +427,27 @@ BREAKAGES: list[tuple[Broken, set[str]]] = [
     (OnlySaysThatItCreated, {"create-only", "one-create"}),
     (RefusesWithAnEmptyEtag, {"create-only", "one-create"}),
     (CreatesWithTrue, CREATING),
-    (IgnoresIfMatch, {"stale-etag", "missing-key", "one-update", "update-or-delete"}),
+    (IgnoresIfMatch, {"stale-etag", "etag-reuse", "missing-key", "one-update", "update-or-delete"}),
     (NeverMatches, {"if-match", "one-update"}),
-    (WritesThoughItRefuses, {"stale-etag", "missing-key", "one-update"}),
-    (OnlySaysThatItMatched, {"stale-etag", "missing-key", "one-update", "update-or-delete"}),
+    (WritesThoughItRefuses, {"stale-etag", "etag-reuse", "missing-key", "one-update"}),
+    (
+        OnlySaysThatItMatched,
+        {"stale-etag", "etag-reuse", "missing-key", "one-update", "update-or-delete"},
+    ),
     (MatchesWhatIsMissing, {"missing-key"}),
-    (IgnoresIfMatchOnDelete, {"missing-key", "stale-delete"}),
+    (IgnoresIfMatchOnDelete, {"etag-reuse", "missing-key", "stale-delete"}),
     (NeverDeletes, {"conditional-delete"}),
     (OnlySaysThatItDeleted, {"conditional-delete"}),
-    (DeletesThoughItRefuses, {"stale-delete"}),
+    (DeletesThoughItRefuses, {"etag-reuse", "stale-delete"}),
     (DeletesForEver, {"conditional-delete"}),
     (
         DeletesWithNone,
-        {"missing-key", "conditional-delete", "stale-delete", "update-or-delete"},
+        {"etag-reuse", "missing-key", "conditional-delete", "stale-delete", "update-or-delete"},
     ),
     (OneEtagForAll, STALE),
     (EtagIsTheLength, STALE),
+    (NumbersVersionsOfAKey, {"etag-reuse"}),
+    (DeletesByTheVersionOfAKey, {"etag-reuse"}),
     (ReadsAnotherEtag, {"if-match"}),
     (GivesBackTheOldEtag, {"if-match"}),
     (EtagIsANumber, READING_ETAGS),
@@ -429,7 +458,7 @@ BREAKAGES: list[tuple[Broken, set[str]]] = [
     (NotUtf8, READING),
     (ForgetsAccents, {"text-unchanged"}),
     (CutsLongText, {"text-unchanged"}),
-    (NeverReallyDeletes, {"delete", "missing-key", "clean-up"}),
+    (NeverReallyDeletes, {"delete", "etag-reuse", "missing-key", "clean-up"}),
     (DeleteNeedsAKey, {"delete", "clean-up"}),
     (RemembersThatThereWasNoKey, {"read-your-writes", "conditional-delete"}),
     (CachesWhatItRead, {"read-your-writes", "if-match"}),
@@ -469,6 +498,7 @@ def test_every_check_fails_for_some_store() -> None:
         (CreatesThoughItRefuses, "one-create", "after a race that its writer won"),
         (NeverMatches, "if-match", "refused the current etag, which set_if_new gave"),
         (GivesBackTheOldEtag, "if-match", "the current etag, which set_if_match gave"),
+        (NumbersVersionsOfAKey, "etag-reuse", "a late renewal or release takes the next job's"),
         (ReadsAnotherEtag, "if-match", "the current etag, which get_with_etag gave"),
         (CreatesWithTrue, "create-only", "set_if_new gave a value of type bool, not an etag"),
         (RefusesWithAnEmptyEtag, "create-only", "set_if_new gave an empty etag"),
@@ -651,7 +681,7 @@ def test_what_cannot_be_deleted_is_named() -> None:
     """Each key, so that an operator can delete it by hand."""
     store = Flaky(lambda _number, name: name == "delete")
     found = failing(check_store(store))
-    assert found.keys() == {"delete", "missing-key", "clean-up"}
+    assert found.keys() == {"delete", "etag-reuse", "missing-key", "clean-up"}
     assert len(store) > 10
     assert all(key in found["clean-up"] for key in store)
 
