@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -22,7 +24,14 @@ from joblock.conformance import CONTENDERS, ROUNDS, Finding, check_store
 from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import AsyncConditionalView, AsyncView, PlainStore, RecordingStore
 
-PLAIN = ["conditional-writes", "read-your-writes", "text-unchanged", "delete", "clean-up"]
+PLAIN = [
+    "conditional-writes",
+    "read-your-writes",
+    "text-unchanged",
+    "delete",
+    "keys-exact",
+    "clean-up",
+]
 ALL = [
     *PLAIN[:-1],
     *("create-only", "if-match", "etag-changes", "stale-etag", "etag-reuse", "missing-key"),
@@ -413,9 +422,10 @@ class RacyDelete(Racy):
 CONDITIONAL = set(ALL[ALL.index("create-only") : ALL.index("clean-up")])
 CREATING = CONDITIONAL | {"text-unchanged", "delete"}
 READING = CREATING - {"etag-changes", "missing-key", "update-or-delete", "delete"} | {
-    "read-your-writes"
+    "read-your-writes",
+    "keys-exact",
 }
-READING_ETAGS = READING | {"etag-changes"}
+READING_ETAGS = READING - {"keys-exact"} | {"etag-changes"}
 STALE = {"etag-changes", "stale-etag", "etag-reuse", "stale-delete", "one-update"}
 SOMETIMES = "update-or-delete"  # it may be in order, if the delete comes first, or the update
 
@@ -571,7 +581,7 @@ class OnlyPlain:
 @pytest.mark.parametrize(
     ("broken", "names"),
     [
-        (ParsesWhatItReads, {"read-your-writes", "text-unchanged"}),
+        (ParsesWhatItReads, {"read-your-writes", "text-unchanged", "keys-exact"}),
         (ForgetsAccents, {"text-unchanged"}),
         (CutsLongText, {"text-unchanged"}),
         (CachesWhatItRead, {"read-your-writes"}),
@@ -584,6 +594,47 @@ def test_a_broken_plain_store_is_found(broken: Broken, names: set[str]) -> None:
     findings = check_store(OnlyPlain(broken()))
     assert [finding.check for finding in findings] == PLAIN
     assert set(failing(findings)) - {"conditional-writes"} == names
+
+
+class ChangesKeys:
+    """A store that takes a key for another one."""
+
+    def __init__(self, changed: Callable[[str], str]) -> None:
+        self.store = MemoryBlobStore()
+        self.changed = changed
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.store, name)
+
+        def call(key: str, *rest: str) -> Any:
+            return method(self.changed(key), *rest)
+
+        return call
+
+
+def plus_as_space(key: str) -> str:
+    return key.replace("+", " ")
+
+
+@pytest.mark.parametrize("changed", [str.lower, str.upper, unquote, plus_as_space])
+def test_keys_that_are_taken_for_each_other_are_found(changed: Callable[[str], str]) -> None:
+    """On a plain store, too: two users would share one lock."""
+    store: Any = ChangesKeys(changed)
+    assert failing(check_store(store)).keys() == {"keys-exact"}
+    said = failing(check_store(OnlyPlain(store)))
+    assert said.keys() == {"conditional-writes", "keys-exact"}
+    assert "after writing to keys that only look alike" in said["keys-exact"]
+    assert len(store.store) == 0
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_unicode_normalization_of_keys_is_told(form: Any) -> None:
+    """It is no failure: R2 does it, and nobody could turn that finding off."""
+    store: Any = ChangesKeys(lambda key: unicodedata.normalize(form, key))
+    findings = check_store(store)
+    assert failing(findings) == {}
+    (message,) = [finding.message for finding in findings if finding.check == "keys-exact"]
+    assert message.endswith("normalize the ids")
 
 
 # Stores that raise.
