@@ -62,7 +62,7 @@ def check_store(store: BlobStore) -> list[Finding]:
     apply. What the store raises is a finding too; a 429 among them means that the service limits
     how often a key may be written, and that this check tells nothing.
 
-    It makes at most 230 requests, a third of them in bursts of 8 from as many threads; on a plain
+    It makes at most 240 requests, a third of them in bursts from up to 8 threads; on a plain
     store at most 40. The keys are `index-jobs/joblock-conformance-.../...`, so it needs the
     permissions that the lock needs and no others; locks are not touched. Every key is deleted at
     the end, whatever happened; one that may be left is named in "clean-up".
@@ -467,6 +467,38 @@ _TOMBSTONES = (
 )
 
 
+def _read_is_one(probe: _ConditionalProbe) -> str:
+    key, texts = probe.new_key(), [probe.new_text() for _ in range(3)]
+    first = probe.created(key, texts[0])
+    versions = {first: 0}  # by their etags, as far as they were told
+    seen: list[tuple[str, str] | None] = []
+
+    def write() -> None:
+        etag = first
+        for version, text in enumerate(texts[1:], 1):
+            written = probe.set_if_match(key, text, etag)
+            if written is None:  # another check's finding
+                return
+            etag = written
+            versions.setdefault(etag, version)
+
+    def read() -> None:
+        seen.append(probe.get_with_etag(key))
+        seen.append(probe.get_with_etag(key))
+
+    answers = probe.at_once([write, *[read] * 4])
+    for text, etag in filter(None, seen):
+        # A newer value than the etag's is safe: a condition on that etag fails.
+        if text in texts and texts.index(text) < versions.get(etag, 0):
+            raise _BrokenRuleError(
+                "get_with_etag gave a value with the etag of a later one: two jobs can take over "
+                "one expired lock; if it takes two requests, ask for the etag first"
+            )
+    for answer in answers:
+        answer.result()
+    return "a value comes with its own etag, also while it is written"
+
+
 # A contender: what the key has if it is the one that wins, and its call, true if it won.
 _Contender = tuple[str | None, Callable[[], object]]
 
@@ -549,6 +581,7 @@ _CONDITIONAL_CHECKS: Mapping[str, Callable[[_ConditionalProbe], str]] = {
     "missing-key": _missing_key,
     "conditional-delete": _conditional_delete,
     "stale-delete": _stale_delete,
+    "read-is-one": _read_is_one,
     "one-create": _one_create,
     "one-update": _one_update,
     "update-or-delete": _update_or_delete,

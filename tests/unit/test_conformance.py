@@ -35,7 +35,8 @@ PLAIN = [
 ALL = [
     *PLAIN[:-1],
     *("create-only", "if-match", "etag-changes", "stale-etag", "etag-reuse", "missing-key"),
-    *("conditional-delete", "stale-delete", "one-create", "one-update", "update-or-delete"),
+    *("conditional-delete", "stale-delete", "read-is-one"),
+    *("one-create", "one-update", "update-or-delete"),
     "clean-up",
 ]
 
@@ -362,7 +363,10 @@ class ReadsLate(MemoryBlobStore):
 
 
 class Racy(MemoryBlobStore):
-    """Reads, then writes: in a race, each call waits in between until two have read."""
+    """Reads, then writes: in a race, each call waits in between until two have read.
+
+    A single writer, among readers, does not wait for a second one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,6 +383,11 @@ class Racy(MemoryBlobStore):
             with self.arrival:
                 assert self.arrival.wait_for(ready, timeout=30)
 
+    def get_with_etag(self, key: str) -> Blob | None:
+        blob = super().get_with_etag(key)
+        self.arrive(f"{key} read")
+        return blob
+
 
 class RacyCreate(Racy):
     def set_if_new(self, key: str, value: str) -> str | None:
@@ -393,7 +402,7 @@ class RacyUpdate(Racy):
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         current = self._is_current(key, etag)
         self.arrive(key)
-        self.wait_for(lambda: self.arrived[key] > 1)
+        self.wait_for(lambda: self.arrived[key] > 1 or self.arrived[f"{key} read"] > 0)
         with self._lock:
             return self._write(key, value) if current else None
 
@@ -404,7 +413,11 @@ class RacyDelete(Racy):
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         self.arrive(f"{key} update")
         self.wait_for(
-            lambda: self.arrived[f"{key} delete"] > 0 or self.arrived[f"{key} update"] == CONTENDERS
+            lambda: (
+                self.arrived[f"{key} delete"] > 0
+                or self.arrived[f"{key} update"] == CONTENDERS
+                or self.arrived[f"{key} read"] > 0
+            )
         )
         written = super().set_if_match(key, value, etag)
         self.arrive(f"{key} updated")
@@ -419,12 +432,41 @@ class RacyDelete(Racy):
         return current
 
 
+class ReadsInTwoSteps(Racy):
+    """And something is written in between: no update comes before a reader's first step."""
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        self.arrive(f"{key} update")
+        self.wait_for(lambda: self.arrived[f"{key} update"] > 1 or self.arrived[f"{key} read"] > 0)
+        written = super().set_if_match(key, value, etag)
+        self.arrive(f"{key} updated")
+        return written
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        first = super().get_with_etag(key)
+        self.wait_for(lambda: self.arrived[f"{key} updated"] > 0)
+        second = super().get_with_etag(key)
+        return None if first is None or second is None else self.mixed(first, second)
+
+    def mixed(self, first: Blob, second: Blob) -> Blob:
+        raise NotImplementedError
+
+
+class ReadsValueThenEtag(ReadsInTwoSteps):
+    def mixed(self, first: Blob, second: Blob) -> Blob:
+        return Blob(first.value, second.etag)
+
+
+class ReadsEtagThenValue(ReadsInTwoSteps):
+    def mixed(self, first: Blob, second: Blob) -> Blob:
+        return Blob(second.value, first.etag)
+
+
 CONDITIONAL = set(ALL[ALL.index("create-only") : ALL.index("clean-up")])
 CREATING = CONDITIONAL | {"text-unchanged", "delete"}
-READING = CREATING - {"etag-changes", "missing-key", "update-or-delete", "delete"} | {
-    "read-your-writes",
-    "keys-exact",
-}
+READING = {"read-your-writes", "keys-exact"} | CREATING.difference(
+    {"etag-changes", "missing-key", "read-is-one", "update-or-delete", "delete"}
+)
 READING_ETAGS = READING - {"keys-exact"} | {"etag-changes"}
 STALE = {"etag-changes", "stale-etag", "etag-reuse", "stale-delete", "one-update"}
 SOMETIMES = "update-or-delete"  # it may be in order, if the delete comes first, or the update
@@ -460,9 +502,9 @@ BREAKAGES: list[tuple[Broken, set[str]]] = [
     (DeletesByTheVersionOfAKey, {"etag-reuse"}),
     (ReadsAnotherEtag, {"if-match"}),
     (GivesBackTheOldEtag, {"if-match"}),
-    (EtagIsANumber, READING_ETAGS),
-    (NoEtagWhenRead, READING_ETAGS),
-    (NoBlobWhenRead, READING_ETAGS),
+    (EtagIsANumber, READING_ETAGS | {"read-is-one"}),
+    (NoEtagWhenRead, READING_ETAGS | {"read-is-one"}),
+    (NoBlobWhenRead, READING_ETAGS | {"read-is-one"}),
     (NothingWithEtag, READING_ETAGS),
     (ParsesWhatItReads, READING),
     (NotUtf8, READING),
@@ -476,6 +518,7 @@ BREAKAGES: list[tuple[Broken, set[str]]] = [
     (RacyCreate, {"one-create"}),
     (RacyUpdate, {"one-update"}),
     (RacyDelete, {"update-or-delete"}),
+    (ReadsValueThenEtag, {"read-is-one"}),
 ]
 CERTAIN = [broken for broken, names in BREAKAGES if SOMETIMES in names]
 
@@ -503,6 +546,7 @@ def test_every_check_fails_for_some_store() -> None:
         (IgnoresIfMatchOnDelete, "missing-key", "pass conditional_delete=False"),
         (DeletesThoughItRefuses, "stale-delete", "after a delete_if_match that was refused"),
         (RacyCreate, "one-create", "of 8 simultaneous calls that exclude each other succeeded"),
+        (ReadsValueThenEtag, "read-is-one", "ask for the etag first"),
         (RacyDelete, "update-or-delete", "2 of 8 simultaneous calls that exclude each other"),
         (NeverMatches, "one-update", "none of 8 simultaneous calls succeeded: safe"),
         (CreatesThoughItRefuses, "one-create", "after a race that its writer won"),
@@ -569,6 +613,36 @@ def test_the_calls_of_a_race_start_together() -> None:
 
     check_store(Watched())
     assert [len(threads) for threads in races.values()] == [CONTENDERS] * ROUNDS
+
+
+def test_the_etag_may_be_read_before_the_value() -> None:
+    """A takeover with an old etag is refused, so this is safe."""
+    assert failing(check_store(ReadsEtagThenValue())) == {}
+
+
+def test_an_etag_that_nobody_was_told_proves_nothing() -> None:
+    """The reply to a write is lost, and readers see what it wrote: no old value, only an error."""
+
+    class LosesReplies(ReadsEtagThenValue):
+        def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+            written = super().set_if_match(key, value, etag)
+            if threading.current_thread() is not threading.main_thread():
+                raise OSError("503")
+            return written
+
+    assert failing(check_store(LosesReplies()))["read-is-one"] == "raised OSError: 503"
+
+
+def test_a_wrong_etag_matters_more_than_a_call_that_raises() -> None:
+    """The finding is that the store is unsafe."""
+
+    class Limited(ReadsValueThenEtag):
+        def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+            if self.arrived[f"{key} updated"]:
+                raise OSError("429")
+            return super().set_if_match(key, value, etag)
+
+    assert "the etag of a later one" in failing(check_store(Limited()))["read-is-one"]
 
 
 class OnlyPlain:
