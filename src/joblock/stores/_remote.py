@@ -23,7 +23,10 @@ READ_TIMEOUT_S = 10.0
 
 
 def is_etag(etag: str) -> bool:
-    """Whether it can be a version's: as a header, blank is no condition and `*` is any version."""
+    """Whether `etag` can name one version.
+
+    As a header, a blank one is no condition and `*` is any version.
+    """
     return etag.isascii() and etag.isprintable() and etag.strip() not in ("", "*")
 
 

@@ -23,7 +23,7 @@ _SIGNED_URL = {"accept": "application/json;type=signed-url"}
 _SAFE = "!$&'()*+,-./:;=@[]^_|~"
 
 
-# With no password in it: what cannot be requested is shown in errors.
+# No `user:password@`: http.client's errors show a URL that it cannot request.
 _URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?([/?][!-~]*)?")
 
 
