@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def test_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("AccountName=a;AccountKey=secret=;", "a store is sqlite:PATH"),
         ("AccountKey=secret;BlobEndpoint=https://x", "a store is sqlite:PATH"),
         ("redis://user:secret@host", "there is no 'redis'"),
+        ("5ec2e7", "or memory:$"),
         ("memory:x", "memory: has no more to it"),
         ("sqlite:", "path must name a file"),
         ("sqlite://jobs.db", "a path as it is"),
@@ -50,7 +52,7 @@ def test_a_bad_url(url: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem) as raised:
         open_store(url)
     assert "\n" not in str(raised.value)
-    assert "secret" not in str(raised.value)
+    assert not re.search("secret|5ec2e7", str(raised.value))
 
 
 @pytest.mark.parametrize(

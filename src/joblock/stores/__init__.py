@@ -42,7 +42,7 @@ def open_store(url: str) -> ConditionalBlobStore:
         ImportError: the SDK is not installed; the text has the command that installs it.
         Exception: what the SDK, or SQLite, raised.
     """
-    scheme, _, rest = url.partition(":")
+    scheme, colon, rest = url.partition(":")
     try:
         match scheme:
             case "memory":
@@ -78,7 +78,8 @@ def open_store(url: str) -> ConditionalBlobStore:
                 return open_site_store(rest)
             case _:
                 # Not the whole of it: there may be a password in it, or it may be one.
-                given = f"; there is no {scheme!r}" if re.fullmatch("[a-z0-9+]+", scheme) else ""
+                named = colon and re.fullmatch("[a-z0-9+]+", scheme)
+                given = f"; there is no {scheme!r}" if named else ""
                 raise ValueError(f"a store is {_URLS}{given}")
     except ModuleNotFoundError as error:
         if scheme not in _PACKAGES:
