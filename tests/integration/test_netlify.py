@@ -173,6 +173,25 @@ def test_no_other_answer_is_a_win(edge: Edge, status: int) -> None:
     assert len(edge.asked) == 1
 
 
+@pytest.mark.parametrize("encoding", [None, "identity", "gzip"])
+@pytest.mark.parametrize("status", [200, 202, 204, 206])
+def test_no_other_answer_is_a_value(edge: Edge, status: int, encoding: str | None) -> None:
+    """A part of a record, or a packed one, would be taken for none, and the lock be taken over."""
+    edge.says(status, b"" if status == 204 else b"value", etag='"1"', **encoded(encoding))
+    with at_edge(edge) as store:
+        if status == 200 and encoding != "gzip":
+            assert store.get_with_etag(KEY) == Blob(b"value", '"1"')
+        else:
+            with pytest.raises(NetlifyBlobsError, match="no whole and plain value") as raised:
+                store.get_with_etag(KEY)
+            assert raised.value.status == status
+    assert len(edge.asked) == 1
+
+
+def encoded(encoding: str | None) -> dict[str, str]:
+    return {} if encoding is None else {"content-encoding": encoding}
+
+
 @pytest.mark.parametrize(
     "reply",
     [b"", b"[]", b"{}", b'{"url":5}', b'{"url":"ftp://x"}', b'{"url":"http://x/ y\\n?sig=secret"}'],
@@ -281,19 +300,26 @@ def raw_server(*answers: tuple[bytes, ...]) -> Generator[str]:
                         client.sendall(packet)
                         time.sleep(0.1)
 
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)  # a failed test leaves it waiting
         thread.start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
         thread.join()
 
 
+UNKNOWN_LENGTH = b'HTTP/1.1 200 OK\r\nETag: "8"\r\nConnection: close\r\n\r\nliv'
 WHOLE = b'HTTP/1.1 200 OK\r\nETag: "9"\r\nContent-Length: 4\r\n\r\nlive'
 
 
 @pytest.mark.parametrize(
     "first",
-    [(b"HTTP/1.1 103 Early Hints\r\n\r\n", WHOLE), (WHOLE[:-1],), (b"what?\r\n\r\n",), ()],
-    ids=["early hints", "truncated", "no http", "nothing"],
+    [
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n", WHOLE),
+        (WHOLE[:-1],),
+        (UNKNOWN_LENGTH,),
+        (b"what?\r\n\r\n",),
+        (),
+    ],
+    ids=["early hints", "truncated", "unknown length", "no http", "nothing"],
 )
 def test_an_answer_that_is_none_is_asked_for_again(first: tuple[bytes, ...]) -> None:
     """On another connection: what is still to come on this one must not answer another question."""
@@ -377,6 +403,17 @@ def test_a_listing_that_is_none(edge: Edge, listing: bytes) -> None:
     edge.says(200, listing)
     with at_edge(edge) as store, pytest.raises(NetlifyBlobsError, match="no usable listing"):
         store.get_with_etag(KEY)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_listing_is_asked_for_again(edge: Edge, status: int) -> None:
+    """As all else that Netlify does not answer."""
+    edge.says(200, b"value")
+    edge.says(status)
+    edge.says(200, listed())
+    edge.says(200, b"value")
+    with at_edge(edge) as store:
+        assert store.get_with_etag(KEY) == Blob(b"value", '"1"')
 
 
 def test_arguments_that_are_missing_are_all_that_is_told() -> None:

@@ -59,6 +59,8 @@ class Connections:
             response = connection.getresponse()
             if response.status < 200:  # the real answer is still to come
                 raise http.client.HTTPException(f"status {response.status}")
+            if response.length is None and not response.chunked:
+                raise http.client.HTTPException("no length: whether it was cut is unknown")
             answer = Answer(response.status, response.headers, response.read())
         except BaseException:
             connection.close()

@@ -158,7 +158,12 @@ class NetlifyBlobStore:
 
     def _read(self, key: str) -> Answer | None:
         answer, _ = _RETRY.ask(partial(self._request, "GET", key, (404,)))
-        return None if answer is None or answer.status == 404 else answer
+        if answer is None or answer.status == 404:
+            return None
+        if answer.status != 200 or answer.headers.get("content-encoding", "identity") != "identity":
+            problem = f"no whole and plain value in the Netlify Blobs store {self._name!r}"
+            raise NetlifyBlobsError(answer.status, problem)
+        return answer
 
     def _write(self, key: str, value: str, condition: dict[str, str]) -> str | None:
         headers = {**condition, "cache-control": "max-age=0, stale-while-revalidate=60"}
@@ -180,12 +185,16 @@ class NetlifyBlobStore:
     def _listed_etag(self, key: str) -> str | None:
         name = quote(key, _SAFE)  # as it is in the URL: the local server alone has no ETag
         query = urlencode({"prefix": name})
-        listing = self._send("GET", f"{self._url}?{query}", (), self._bearer)
-        try:
-            blobs = json.loads(listing.body)["blobs"]
-            return next((blob["etag"] for blob in blobs if blob["key"] == name), None)
-        except (ValueError, KeyError, TypeError):
-            raise NetlifyBlobsError(listing.status, "Netlify gave no usable listing") from None
+
+        def send() -> str | None:
+            listing = self._send("GET", f"{self._url}?{query}", (), self._bearer)
+            try:
+                blobs = json.loads(listing.body)["blobs"]
+                return next((blob["etag"] for blob in blobs if blob["key"] == name), None)
+            except (ValueError, KeyError, TypeError):
+                raise NetlifyBlobsError(listing.status, "Netlify gave no usable listing") from None
+
+        return _RETRY.ask(send)[0]
 
     def _request(
         self,
