@@ -36,7 +36,12 @@ class ApiError(Exception):
         super().__init__(status, reason, message)
         errors = [{"message": message, "domain": "global", "reason": reason}]
         error = {"code": status, "message": message, "errors": errors}
+        self.message = message
         self.reply = Reply(status, json.dumps({"error": error}).encode(), {"Content-Type": JSON})
+
+    def plain(self) -> Reply:
+        """As Google answers a request for an object's data, unlike all others."""
+        return Reply(self.reply.status, self.message.encode(), {"Content-Type": "text/html"})
 
 
 @dataclass
@@ -65,7 +70,7 @@ class Storage:
             try:
                 return self._answer(call)
             except ApiError as error:
-                return error.reply
+                return error.plain() if call.path[0] == "download" else error.reply
 
     def _answer(self, call: Call) -> Reply:
         match call.method, call.path:

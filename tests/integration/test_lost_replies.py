@@ -256,7 +256,7 @@ def test_s3_conditional_request_conflict_is_contention(name: str, backends: Back
 
 @pytest.mark.parametrize("name", ["s3", "azure", "gcs"])
 def test_a_bucket_that_is_missing_is_not_a_missing_lock(name: str, backends: Backends) -> None:
-    """A wrong name must be told, by a read too."""
+    """A wrong name must be told, by a read and by a removal too."""
     backend = backends[name]
     with ExitStack() as stack:
         store: Any = backend.open(stack, backends.new_prefix())
@@ -268,9 +268,20 @@ def test_a_bucket_that_is_missing_is_not_a_missing_lock(name: str, backends: Bac
             store._container = stack.enter_context(make(azure_connection(backend.url), "missing"))
         else:
             store._bucket = store._bucket.client.bucket("missing")
-        for ask in (peek_job_lock, acquire_job_lock):
+        for ask in (peek_job_lock, acquire_job_lock, release_job_lock):
             with pytest.raises(Exception, match="(?i)bucket|container"):
                 ask(store, UID, VAULT)
+
+
+@pytest.mark.parametrize("name", ["s3", "azure", "gcs"])
+def test_a_missing_lock_is_not_a_missing_bucket(name: str, backends: Backends) -> None:
+    """Whatever its name says, which the service's answer may repeat."""
+    backend = backends[name]
+    uid = "x: The specified bucket does not exist."
+    with ExitStack() as stack:
+        store = backend.open(stack, backends.new_prefix())
+        assert peek_job_lock(store, uid, VAULT) is None
+        assert release_job_lock(store, uid, VAULT).released
 
 
 def test_azure_refuses_a_backslash(backends: Backends) -> None:

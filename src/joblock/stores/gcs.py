@@ -57,8 +57,7 @@ class GcsBlobStore:
             try:
                 value = blob.download_as_bytes(**_REQUEST)
             except NotFound as error:
-                if "bucket does not exist" in str(error):
-                    raise
+                _raise_if_no_bucket(error)
                 return None
             return Blob(value, str(blob.generation))
 
@@ -101,7 +100,10 @@ class GcsBlobStore:
                 self._bucket.blob(self._prefix + key).delete(
                     if_generation_match=generation, **_REQUEST
                 )
-            except (NotFound, PreconditionFailed):
+            except PreconditionFailed:
+                return False
+            except NotFound as error:
+                _raise_if_no_bucket(error)
                 return False
             return True
 
@@ -116,6 +118,12 @@ def open_bucket(bucket: str, prefix: str) -> GcsBlobStore:
 
 def _generation(etag: str) -> int | None:
     return int(etag) if re.fullmatch("[1-9][0-9]{0,18}", etag) else None  # 0 would mean: a new key
+
+
+def _raise_if_no_bucket(error: NotFound) -> None:
+    # Method, URL, and what Google said, which of a missing object has its name in it.
+    if re.match(r"\S+ \S+: The specified bucket does not exist", error.message):
+        raise error
 
 
 def _unanswered(error: Exception) -> bool:
