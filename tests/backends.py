@@ -83,60 +83,69 @@ def s3_client(stack: ExitStack, url: str, **config: Any) -> Any:
     return client
 
 
+def open_s3(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
+    config = {"retries": RETRIES[name]} if name in RETRIES else {}
+    client = s3_client(stack, url, **config)
+    from joblock.stores.s3 import S3BlobStore
+
+    deletes = name not in TOMBSTONE
+    return S3BlobStore(client, BUCKET, prefix=prefix, conditional_delete=deletes)
+
+
 @contextmanager
 def _s3() -> Generator[tuple[str, Make]]:
     pytest.importorskip("boto3")
-    from joblock.stores.s3 import S3BlobStore
-
-    def open_(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
-        config = {"retries": RETRIES[name]} if name in RETRIES else {}
-        client = s3_client(stack, url, **config)
-        deletes = name not in TOMBSTONE
-        return S3BlobStore(client, BUCKET, prefix=prefix, conditional_delete=deletes)
-
     with s3_server() as url, ExitStack() as stack:
         s3_client(stack, url).create_bucket(Bucket=BUCKET)
-        yield url, open_
+        yield url, open_s3
+
+
+def azure_client(stack: ExitStack, url: str) -> Any:
+    blob: Any = pytest.importorskip("azure.storage.blob")
+    make = blob.ContainerClient.from_connection_string
+    return stack.enter_context(make(azure_connection(url), BUCKET))
+
+
+def open_azure(_: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
+    client = azure_client(stack, url)
+    from joblock.stores.azure import AzureBlobStore
+
+    return AzureBlobStore(client, prefix=prefix)
 
 
 @contextmanager
 def _azure() -> Generator[tuple[str, Make]]:
-    blob: Any = pytest.importorskip("azure.storage.blob")
-    from joblock.stores.azure import AzureBlobStore
-
-    def client(stack: ExitStack, url: str) -> Any:
-        make = blob.ContainerClient.from_connection_string
-        return stack.enter_context(make(azure_connection(url), BUCKET))
-
-    def open_(_: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
-        return AzureBlobStore(client(stack, url), prefix=prefix)
-
+    pytest.importorskip("azure.storage.blob")
     with azure_server() as url, ExitStack() as stack:
-        client(stack, url).create_container()
-        yield url, open_
+        azure_client(stack, url).create_container()
+        yield url, open_azure
+
+
+def gcs_client(stack: ExitStack, url: str) -> Any:
+    storage: Any = pytest.importorskip("google.cloud.storage")
+    credentials: Any = pytest.importorskip("google.auth.credentials")
+    anonymous = credentials.AnonymousCredentials()
+    options = {"api_endpoint": url}
+    made = storage.Client(project="any", credentials=anonymous, client_options=options)
+    stack.callback(made.close)
+    return made
+
+
+def open_gcs(_: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
+    bucket = gcs_client(stack, url).bucket(BUCKET)
+    from joblock.stores.gcs import GcsBlobStore
+
+    return GcsBlobStore(bucket, prefix=prefix)
 
 
 @contextmanager
 def _gcs() -> Generator[tuple[str, Make]]:
-    storage: Any = pytest.importorskip("google.cloud.storage")
-    credentials: Any = pytest.importorskip("google.auth.credentials")
-    from joblock.stores.gcs import GcsBlobStore
-
-    def client(stack: ExitStack, url: str) -> Any:
-        anonymous = credentials.AnonymousCredentials()
-        options = {"api_endpoint": url}
-        made = storage.Client(project="any", credentials=anonymous, client_options=options)
-        stack.callback(made.close)
-        return made
-
-    def open_(_: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
-        return GcsBlobStore(client(stack, url).bucket(BUCKET), prefix=prefix)
-
+    pytest.importorskip("google.cloud.storage")
     with gcs_server() as url, ExitStack() as stack, pytest.MonkeyPatch.context() as environment:
         # Else the SDK asks for its bucket in the background, and takes the proxy's next rule.
         environment.setenv("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-        client(stack, url).create_bucket(BUCKET)
-        yield url, open_
+        gcs_client(stack, url).create_bucket(BUCKET)
+        yield url, open_gcs
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Request:
     path: str  # with the query
     headers: dict[str, str]  # names in lower case
     body: bytes
+    port: int  # the client's, so that its connections can be told apart
     status: int | None = None
 
 
@@ -62,10 +63,10 @@ class Proxy:
     Of several rules for one request the oldest is followed. Requests without a rule go through.
     """
 
-    def __init__(self, upstream: str, *, rewrite: bool) -> None:
+    def __init__(self, upstream: str, *, rewrite: bool, keep_alive: bool) -> None:
         self.url = ""
         self.requests: list[Request] = []
-        self._upstream, self._rewrite = upstream, rewrite
+        self._upstream, self._rewrite, self._keep_alive = upstream, rewrite, keep_alive
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
@@ -174,6 +175,8 @@ class Proxy:
         def forward() -> bytes | None:
             reply = _ask(self._upstream, request.method, raw)
             request.status = int(reply.split(None, 2)[1])
+            if self._keep_alive:
+                reply = _kept_alive(reply)
             return self._with_own_url(reply) if self._rewrite else reply
 
         act = self._act_for(request)
@@ -201,13 +204,13 @@ class Proxy:
 
 
 @contextmanager
-def lossy(upstream: str, *, rewrite: bool = False) -> Generator[Proxy]:
+def lossy(upstream: str, *, rewrite: bool = False, keep_alive: bool = False) -> Generator[Proxy]:
     """A proxy in front of the server at the URL `upstream`; `proxy.url` takes its place.
 
     With `rewrite` the URL `upstream` in replies becomes the proxy's own, for a server that tells
-    its clients where to go next.
+    its clients where to go next. With `keep_alive` connections stay open, whatever it says.
     """
-    proxy = Proxy(upstream, rewrite=rewrite)
+    proxy = Proxy(upstream, rewrite=rewrite, keep_alive=keep_alive)
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -255,7 +258,7 @@ def _read_request(stream: BinaryIO, client: socket.socket) -> tuple[Request, byt
     if headers.get("expect", "").lower() == "100-continue":
         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
     body = _read_body(stream, head) or b""
-    return Request(method, path, headers, body), head + body
+    return Request(method, path, headers, body, client.getpeername()[1]), head + body
 
 
 def _read_head(stream: BinaryIO) -> bytes:
@@ -285,6 +288,15 @@ def _headers(head: bytes) -> dict[str, str]:
     lines = head.decode("latin-1").rstrip().split("\r\n")[1:]
     fields = (line.partition(":") for line in lines)
     return {name.lower(): value.strip() for name, _, value in fields}
+
+
+def _kept_alive(reply: bytes) -> bytes:
+    head, _, body = reply.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    lines = [line for line in lines if not line.lower().startswith(b"connection:")]
+    if not any(map(_LENGTH, lines)):
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join([first.replace(b"HTTP/1.0", b"HTTP/1.1"), *lines, b"", body])
 
 
 def _without_chunks(body: bytes) -> bytes:

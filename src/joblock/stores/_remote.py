@@ -7,11 +7,13 @@ was answered; otherwise the key is read, and tells.
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..store import Blob
 
@@ -72,3 +74,30 @@ class Retry:
         """Return whether `send` removed the key: one that is gone by now, it did."""
         removed, again = self.ask(send)
         return removed is True or (again and read() is None)
+
+
+class Pool:
+    """A client's idle connections, which a forked child must not share with its parent.
+
+    They would write into them both, and read each other's answers. `keeper` returns what has a
+    `close()` that closes them and is usable afterwards, if anything has. Closing the child's copy
+    of a socket tells the server nothing, so the parent's connections stay as they are.
+    """
+
+    def __init__(self, keeper: Callable[[], Any]) -> None:
+        self._keeper = keeper
+        self._pid = os.getpid()
+        self._locks: dict[int, threading.Lock] = {}
+
+    def check(self) -> None:
+        """Close them if this is a child that has not yet; call it before each request."""
+        pid = os.getpid()
+        if self._pid == pid:
+            return
+        # A lock for each process: at the fork, a thread that is not in the child may have had it.
+        with self._locks.setdefault(pid, threading.Lock()):
+            if self._pid != pid:
+                close = getattr(self._keeper(), "close", None)
+                if close is not None:
+                    close()
+                self._pid = pid

@@ -11,7 +11,7 @@ from azure.core.exceptions import HttpResponseError, ServiceRequestError, Servic
 from azure.storage.blob import ContainerClient, ContentSettings
 
 from ..store import Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Retry, is_etag
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, is_etag
 
 # The SDK's own retry waits 15 seconds, and then takes its own write for a conflict.
 _REQUEST: dict[str, Any] = {
@@ -31,10 +31,14 @@ class AzureBlobStore:
 
     A request waits 5 seconds to connect and 10 for an answer; without one it is sent again, twice
     at most. What the SDK raises then reaches the caller.
+
+    Safe from any thread, and in a child after fork, which opens connections of its own. A transport
+    that is not the SDK's own, over requests, must see to that itself.
     """
 
     def __init__(self, container_client: ContainerClient, *, prefix: str = "") -> None:
         self._container = container_client
+        self._pool = Pool(partial(_session, container_client))
         self._prefix = prefix
 
     def __repr__(self) -> str:
@@ -118,6 +122,7 @@ class AzureBlobStore:
     def _blob(self, key: str) -> Any:
         if "\\" in key:
             raise ValueError(f"Azure takes a backslash for a slash: {key!r} could be another lock")
+        self._pool.check()
         return self._container.get_blob_client(self._prefix + key)
 
 
@@ -135,6 +140,13 @@ def open_container(container: str, prefix: str) -> AzureBlobStore:
     else:
         raise ValueError("set AZURE_STORAGE_CONNECTION_STRING or AZURE_STORAGE_ACCOUNT")
     return AzureBlobStore(client, prefix=prefix)
+
+
+def _session(container: Any) -> Any:
+    transport: Any = getattr(container, "_pipeline", container)
+    while hasattr(transport, "_transport"):  # a client that another one made has it wrapped
+        transport = transport._transport
+    return getattr(transport, "session", None)  # the transport's own close() is for good
 
 
 def _if_match(etag: str) -> dict[str, Any]:

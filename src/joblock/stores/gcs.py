@@ -12,7 +12,7 @@ from google.api_core.exceptions import GoogleAPICallError, NotFound, Preconditio
 from google.auth.exceptions import TransportError
 
 from ..store import Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Retry
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry
 
 # The SDK's own retry goes on for two minutes, and takes its own write for a conflict.
 _REQUEST: dict[str, Any] = {"retry": None, "timeout": (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)}
@@ -27,10 +27,13 @@ class GcsBlobStore:
 
     A request waits 5 seconds to connect and 10 for an answer; without one, or after a 429, it is
     sent again, twice at most. What the SDK raises then reaches the caller.
+
+    Safe from any thread, and in a child after fork, which opens connections of its own.
     """
 
     def __init__(self, bucket: Any, *, prefix: str = "") -> None:
         self._bucket = bucket
+        self._pool = Pool(lambda: bucket.client._http)
         self._prefix = prefix
 
     def __repr__(self) -> str:
@@ -53,7 +56,7 @@ class GcsBlobStore:
         """Return the value and its etag, or None if there is no such key."""
 
         def send() -> Blob | None:
-            blob = self._bucket.blob(self._prefix + key)
+            blob = self._blob(key)
             try:
                 value = blob.download_as_bytes(**_REQUEST)
             except NotFound as error:
@@ -79,7 +82,7 @@ class GcsBlobStore:
 
     def _write(self, key: str, value: str, generation: int | None) -> str | None:
         def send() -> str | None:
-            blob = self._bucket.blob(self._prefix + key)
+            blob = self._blob(key)
             blob.cache_control = "no-store"
             try:
                 blob.upload_from_string(
@@ -97,9 +100,7 @@ class GcsBlobStore:
     def _delete(self, key: str, generation: int | None) -> bool:
         def send() -> bool:
             try:
-                self._bucket.blob(self._prefix + key).delete(
-                    if_generation_match=generation, **_REQUEST
-                )
+                self._blob(key).delete(if_generation_match=generation, **_REQUEST)
             except PreconditionFailed:
                 return False
             except NotFound as error:
@@ -108,6 +109,10 @@ class GcsBlobStore:
             return True
 
         return _RETRY.delete(send, partial(self.get_with_etag, key))
+
+    def _blob(self, key: str) -> Any:
+        self._pool.check()
+        return self._bucket.blob(self._prefix + key)
 
 
 def open_bucket(bucket: str, prefix: str) -> GcsBlobStore:
@@ -121,8 +126,8 @@ def _generation(etag: str) -> int | None:
 
 
 def _raise_if_no_bucket(error: NotFound) -> None:
-    # Method, URL, and what Google said, which of a missing object has its name in it.
-    if re.match(r"\S+ \S+: The specified bucket does not exist", error.message):
+    message: str = error.message  # method, URL, and Google's words: of an object, its name too
+    if re.match(r"\S+ \S+: The specified bucket does not exist", message):
         raise error
 
 

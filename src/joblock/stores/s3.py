@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnectionError
 
 from ..store import TOMBSTONE, Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, DoubtfulRefusal, Retry, is_etag
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, DoubtfulRefusal, Pool, Retry, is_etag
 
 QUICK = Config(
     connect_timeout=CONNECT_TIMEOUT_S,
@@ -36,12 +36,15 @@ class S3BlobStore:
     Time-outs and retries are the client's, whose defaults wait a minute for each of five answers:
     give it `QUICK`, this module's `botocore.config.Config`. A request that boto3 gave up without
     an answer is sent once more. What boto3 raises then reaches the caller.
+
+    Safe from any thread, and in a child after fork, which opens connections of its own.
     """
 
     def __init__(
         self, client: Any, bucket: str, *, prefix: str = "", conditional_delete: bool = True
     ) -> None:
         self._client = client
+        self._pool = Pool(lambda: client)
         self._bucket = bucket
         self._prefix = prefix
         self._conditional_delete = conditional_delete
@@ -120,6 +123,7 @@ class S3BlobStore:
         return _RETRY.write(send, partial(self.get_with_etag, key), value)
 
     def _object(self, key: str) -> dict[str, str]:
+        self._pool.check()
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
 
