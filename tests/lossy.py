@@ -204,7 +204,9 @@ class Proxy:
 
 
 @contextmanager
-def lossy(upstream: str, *, rewrite: bool = False, keep_alive: bool = False) -> Generator[Proxy]:
+def lossy(
+    upstream: str, *, rewrite: bool = False, keep_alive: bool = False, port: int = 0
+) -> Generator[Proxy]:
     """A proxy in front of the server at the URL `upstream`; `proxy.url` takes its place.
 
     With `rewrite` the URL `upstream` in replies becomes the proxy's own, for a server that tells
@@ -219,7 +221,7 @@ def lossy(upstream: str, *, rewrite: bool = False, keep_alive: bool = False) -> 
     class Server(socketserver.ThreadingTCPServer):
         request_queue_size = 64
 
-    with Server(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", port), Handler) as server:
         proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from joblock import (
     release_job_lock,
     renew_job_lock,
 )
+from joblock.stores import _remote
 from tests.backends import NAMES, RETRIES, TOMBSTONE, Backends
 from tests.lossy import Proxy, Request, lossy
 from tests.servers import azure_connection
@@ -176,7 +179,7 @@ def test_another_takes_the_lock_after_a_delete_whose_reply_is_lost(link: Link) -
     assert link.owner() == others[0].job_id
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_an_error_of_the_server_is_asked_again(link: Link, status: int) -> None:
     """Throttled or failing once: no error, and not won before it is."""
     link.proxy.answer(status, error(status), XML, when=is_write)
@@ -197,6 +200,61 @@ def test_an_error_that_lasts_reaches_the_caller(link: Link, status: int, committ
         acquire_job_lock(link.store, UID, VAULT)
     assert not isinstance(raised.value, AssertionError)
     assert len(link.proxy.requests) <= 10
+
+
+def test_an_error_that_lasts_is_asked_for_again_so_often(link: Link) -> None:
+    """Twice; to S3 once, by the client or, if it does not, by the store."""
+    link.skip_the_sdks_own_patience()
+    link.proxy.answer(503, error(503), XML, when=is_write, times=1000)
+    with pytest.raises(Exception, match="503"):
+        acquire_job_lock(link.store, UID, VAULT)
+    writes = [request for request in link.proxy.requests if is_write(request)]
+    assert len(writes) == (2 if link.name.startswith("s3") else 3)
+
+
+@pytest.mark.parametrize("name", ["s3-once", "azure", "gcs", "netlify-api", "netlify-edge"])
+def test_a_connection_that_is_refused_is_tried_again(
+    name: str, backends: Backends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is there after the first pause."""
+    backend, prefix = backends[name], backends.new_prefix()
+    with socket.socket() as reserved, ExitStack() as stack:
+        reserved.bind(("127.0.0.1", 0))  # and it does not listen
+        port = reserved.getsockname()[1]
+        store = backend.open(stack, prefix, f"http://127.0.0.1:{port}")
+
+        def start(_: float) -> None:
+            reserved.close()
+            stack.enter_context(lossy(backend.url, rewrite=True, port=port))
+
+        monkeypatch.setattr(_remote, "time", SimpleNamespace(sleep=start))
+        assert acquire_job_lock(store, UID, VAULT)
+
+
+def test_gcs_credentials_that_are_not_renewed_at_once(backends: Backends) -> None:
+    """A connection to the tokens' server that fails has an error of its own."""
+    transport: Any = pytest.importorskip("google.auth.exceptions").TransportError
+    backend = backends["gcs"]
+    with ExitStack() as stack:
+        store: Any = backend.open(stack, backends.new_prefix())
+        credentials = store._bucket.client._http.credentials
+        before_request = credentials.before_request
+
+        def fail_once(*_: Any) -> None:
+            credentials.before_request = before_request
+            raise transport("no token")
+
+        credentials.before_request = fail_once
+        assert acquire_job_lock(store, UID, VAULT)
+        assert credentials.before_request == before_request
+
+
+def test_gcs_records_are_not_cached(backends: Backends) -> None:
+    """Else those that anybody may read are, for an hour."""
+    backend = backends["gcs"]
+    with lossy(backend.url, rewrite=True) as proxy, ExitStack() as stack:
+        assert acquire_job_lock(backend.open(stack, backends.new_prefix(), proxy.url), UID, VAULT)
+    assert b'"cacheControl": "no-store"' in proxy.requests[0].body
 
 
 def test_a_refusal_of_another_kind_reaches_the_caller(link: Link) -> None:

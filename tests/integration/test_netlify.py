@@ -121,6 +121,7 @@ def test_what_is_sent(edge: Edge) -> None:
         None,
         "é".encode(),
     )
+    assert first[0]["cache-control"] == "max-age=0, stale-while-revalidate=60"
     assert (second[0].get("if-none-match"), second[0]["if-match"]) == (None, '"1"')
     assert len(set(edge.ports)) == 1  # one connection for all of them
 
@@ -171,6 +172,15 @@ def test_no_other_answer_is_a_win(edge: Edge, status: int) -> None:
     assert raised.value.status == status
     assert str(raised.value) == f"PUT in the Netlify Blobs store 'jobs': status {status}"
     assert len(edge.asked) == 1
+
+
+def test_a_key_that_is_too_long(edge: Edge) -> None:
+    """It is counted in bytes."""
+    edge.says(404)
+    with at_edge(edge) as store:
+        assert store.get("日" * 200) is None
+        with pytest.raises(ValueError, match="600 bytes"):
+            store.get("日" * 201)
 
 
 @pytest.mark.parametrize("encoding", [None, "identity", "gzip"])

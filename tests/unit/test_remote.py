@@ -1,6 +1,6 @@
-"""`Pool`: in a forked child, its parent's connections are closed once and before any request.
+"""What the remote stores share: the pause before a request is sent again, and `Pool`.
 
-The child is this process, which is told that it is another one.
+A `Pool`'s forked child is this process, which is told that it is another one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,24 @@ from typing import Any
 
 import pytest
 
-from joblock.stores._remote import Pool
+from joblock.stores._remote import Pool, Retry
 from tests.backends import azure_client, gcs_client, s3_client
 
 NOWHERE = "http://127.0.0.1:1"
+
+
+def test_a_pause_before_it_is_sent_again() -> None:
+    """Between half of it and the whole, so that clients do not go in step."""
+    sent: list[float] = []
+
+    def send() -> str:
+        sent.append(time.monotonic())
+        if len(sent) == 1:
+            raise OSError
+        return "answer"
+
+    assert Retry(lambda _: True, pauses_s=(0.1,)).ask(send) == ("answer", True)
+    assert sent[1] - sent[0] >= 0.05
 
 
 class Session:
