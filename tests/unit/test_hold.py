@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import random
+import signal
 import threading
 import time
 import weakref
@@ -803,6 +804,50 @@ class TestAThread:
             answer.set()
         poll(lambda: list(store) == [])  # and once it answers, the lock is released late
         assert not lock.lost
+
+    def test_what_a_signal_handler_raises_while_leaving(self) -> None:
+        """It goes on when the lock has been released, as in tests/integration with Ctrl-C."""
+
+        class TimeLimitError(Exception):
+            pass
+
+        def end(*_: object) -> None:
+            raise TimeLimitError
+
+        class Slow(MemoryBlobStore):
+            def delete_if_match(self, key: str, etag: str) -> bool:
+                signal.pthread_kill(main, signal.SIGUSR1)
+                time.sleep(0.1)
+                return super().delete_if_match(key, etag)
+
+        store = Slow()
+        main = threading.get_ident()
+        before = signal.signal(signal.SIGUSR1, end)
+        try:
+            with pytest.raises(TimeLimitError), hold_job_lock(store, UID, VAULT):
+                pass
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert list(store) == []
+
+    def test_at_the_end_of_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The other thread does not run any more, so this one releases the lock."""
+        store = FlakyStore()
+        answer, hanging = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            hanging.set()
+            answer.wait(30)
+
+        store.script = [hang]
+        try:
+            with hold_job_lock(store, UID, VAULT, ttl_ms=10 * MINUTE, renew_every_ms=1) as lock:
+                assert hanging.wait(30)
+                monkeypatch.setattr("sys.is_finalizing", lambda: True)
+            assert list(store) == []
+            assert not lock.lost
+        finally:
+            answer.set()
 
     def test_in_a_generator_that_is_collected_during_a_renewal(self) -> None:
         """By the very thread that renews, which cannot wait for itself: it releases afterwards."""
