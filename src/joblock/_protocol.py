@@ -20,14 +20,7 @@ import uuid
 from collections.abc import Callable
 
 from .errors import InvalidIdError, StoreContentionError
-from .record import (
-    SURROGATES,
-    JobLockRecord,
-    as_number,
-    as_text,
-    check_text,
-    job_lock_key,
-)
+from .record import SURROGATES, JobLockRecord, as_number, as_text, check_text, job_lock_key
 from .results import Acquired, Held, Lost, ReleaseResult, Renewed
 from .store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
 

@@ -128,6 +128,19 @@ class FlakyStore(RecordingStore):
             self.script.pop(0)()
 
 
+def store_that_hangs() -> tuple[FlakyStore, threading.Event, threading.Event]:
+    """In the first renewal: from the first event on, until the second."""
+    store = FlakyStore()
+    hanging, answer = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hanging.set()
+        answer.wait(30)
+
+    store.script = [hang]
+    return store, hanging, answer
+
+
 def fail() -> None:
     raise ConnectionError("https://store.example/?signature=secret")
 
@@ -785,14 +798,7 @@ class TestAThread:
 
     def test_a_body_that_ends_while_a_renewal_hangs(self, caplog: pytest.LogCaptureFixture) -> None:
         """Leaving waits for the deadline and no longer; the job was done in time."""
-        store = FlakyStore()
-        answer, hanging = threading.Event(), threading.Event()
-
-        def hang() -> None:
-            hanging.set()
-            answer.wait(30)
-
-        store.script = [hang]
+        store, hanging, answer = store_that_hangs()
         try:
             with hold_job_lock(store, UID, VAULT, ttl_ms=750, renew_every_ms=1) as lock:
                 assert hanging.wait(30)
@@ -832,14 +838,7 @@ class TestAThread:
 
     def test_at_the_end_of_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The other thread does not run any more, so this one releases the lock."""
-        store = FlakyStore()
-        answer, hanging = threading.Event(), threading.Event()
-
-        def hang() -> None:
-            hanging.set()
-            answer.wait(30)
-
-        store.script = [hang]
+        store, hanging, answer = store_that_hangs()
         try:
             with hold_job_lock(store, UID, VAULT, ttl_ms=10 * MINUTE, renew_every_ms=1) as lock:
                 assert hanging.wait(30)
@@ -1195,14 +1194,7 @@ class TestATask:
 
     def test_a_renewal_in_a_thread_does_not_undo_the_release(self) -> None:
         """Cancelled at the deadline, it goes on in its thread, where its etag is refused."""
-        store = FlakyStore()
-        answer, hanging = threading.Event(), threading.Event()
-
-        def hang() -> None:
-            hanging.set()
-            answer.wait(30)
-
-        store.script = [hang]
+        store, hanging, answer = store_that_hangs()
 
         async def main() -> None:
             threaded = aio.ThreadedBlobStore(store)
