@@ -170,6 +170,14 @@ def test_a_clock_that_gives_no_number(
     assert store.calls == []
 
 
+def test_a_job_id_outside_ascii(api: Api) -> None:
+    """Any text that can be written and read back will do."""
+    store = MemoryBlobStore()
+    lock = acquired(api.acquire(store, UID, VAULT, uuid_factory=lambda: "jöb-日本-🔒"))
+    assert held(api.acquire(store, UID, VAULT)).existing == lock.record
+    assert api.release(store, UID, VAULT, expected_job_id="jöb-日本-🔒").released
+
+
 @pytest.mark.parametrize("bad", ["", None, 5, b"job", "\ud83d\udd12"], ids=repr)
 @pytest.mark.parametrize("store_type", [MemoryBlobStore, PlainStore])
 def test_a_uuid_factory_that_gives_no_id(api: Api, bad: Any, store_type: Callable[[], Any]) -> None:
