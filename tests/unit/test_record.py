@@ -80,7 +80,8 @@ def test_what_is_not_given_is_none() -> None:
 
 def test_extra_fields_of_newer_writers_are_kept_in_order() -> None:
     """They follow the known fields, whatever they are, and nested ones keep their shape."""
-    extra = '"fence":7,"host":{"name":"hé","tags":["x",1.5,null,true,false]},"big":12345678901234567890'
+    tags = '["x",1.5,null,true,false]'
+    extra = f'"fence":7,"host":{{"name":"hé","tags":{tags}}},"big":12345678901234567890'
     record = JobLockRecord.from_json(FULL[:-1] + "," + extra + "}")
     assert record is not None
     assert list(record.extra) == ["fence", "host", "big"]
