@@ -317,7 +317,7 @@ async def begin(
     if every_ms is None or not 0 < every_ms < lease_ms - _LOST_EARLY_MS:
         raise ValueError(
             f"renew_every_ms must be more than 0 and less than the TTL of {lease_ms} ms "
-            f"by more than {_LOST_EARLY_MS} ms, not {every_ms!r}"
+            f"by more than {_LOST_EARLY_MS} ms, not {renew_every_ms!r}"
         )
     begun = monotonic_ms()
     acquired = await _protocol.acquire(
