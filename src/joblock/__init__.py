@@ -3,19 +3,19 @@
 Async stores: `joblock.aio`. Stores that ship: `joblock.stores`.
 """
 
-from ._protocol import JOB_LOCK_TTL_MS
-from .errors import (
+from ._errors import (
     InvalidIdError,
     JobLockError,
     JobLockHeldError,
     JobLockLostError,
     StoreContentionError,
 )
-from .hold import HeldJobLock, hold_job_lock
-from .locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
-from .record import JobLockRecord, JsonValue, job_lock_key
-from .results import Acquired, Held, Lost, ReleaseResult, Renewed
-from .store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, BlobStore, ConditionalBlobStore
+from ._hold import OwnedJobLock, hold_job_lock
+from ._locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
+from ._protocol import JOB_LOCK_TTL_MS
+from ._record import JobLockRecord, JsonValue, job_lock_key
+from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
+from ._store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, BlobStore, ConditionalBlobStore
 from .stores.memory import MemoryBlobStore
 
 __version__ = "0.1.0"
@@ -29,7 +29,6 @@ __all__ = [
     "BlobStore",
     "ConditionalBlobStore",
     "Held",
-    "HeldJobLock",
     "InvalidIdError",
     "JobLockError",
     "JobLockHeldError",
@@ -38,6 +37,7 @@ __all__ = [
     "JsonValue",
     "Lost",
     "MemoryBlobStore",
+    "OwnedJobLock",
     "ReleaseResult",
     "Renewed",
     "StoreContentionError",

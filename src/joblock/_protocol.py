@@ -19,10 +19,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 
-from .errors import InvalidIdError, StoreContentionError
-from .record import SURROGATES, JobLockRecord, as_number, as_text, check_text, job_lock_key
-from .results import Acquired, Held, Lost, ReleaseResult, Renewed
-from .store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
+from ._errors import InvalidIdError, StoreContentionError
+from ._record import SURROGATES, JobLockRecord, as_number, as_text, check_text, job_lock_key
+from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
+from ._store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
 
 JOB_LOCK_TTL_MS = 16 * 60 * 1000
 """Milliseconds: just past the 15 minutes that the original's background functions may run."""

@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from . import _protocol
+from ._hold import Keeper, Once, OwnedJobLock, begin
 from ._protocol import JOB_LOCK_TTL_MS
-from .hold import HeldJobLock, Keeper, Once, begin
-from .record import JobLockRecord, epoch_ms
-from .results import Acquired, Held, Lost, ReleaseResult, Renewed
-from .store import (
+from ._record import JobLockRecord, epoch_ms
+from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
+from ._store import (
     CONDITIONAL,
     AsyncBlobStore,
     Blob,
@@ -181,11 +181,11 @@ _RESTARTS = 3  # an event loop that shuts down cancels every task once
 
 
 class _Hold:
-    def __init__(self, begin: Callable[[], Coroutine[Any, Any, HeldJobLock]]) -> None:
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, OwnedJobLock]]) -> None:
         self._begin = begin
         self._enter = Once()
 
-    async def __aenter__(self) -> HeldJobLock:
+    async def __aenter__(self) -> OwnedJobLock:
         asyncio.get_running_loop()  # no asyncio, no lock
         self._enter()
         self._lock = await self._begin()
@@ -234,7 +234,7 @@ class _Hold:
         return None
 
 
-async def _keep(keeper: Keeper, holder: weakref.ref[HeldJobLock], ended: asyncio.Event) -> None:
+async def _keep(keeper: Keeper, holder: weakref.ref[OwnedJobLock], ended: asyncio.Event) -> None:
     async def wait(seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -21,8 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .record import job_lock_key
-from .store import (
+from ._record import job_lock_key
+from ._store import (
     Blob,
     BlobStore,
     ConditionalBlobStore,

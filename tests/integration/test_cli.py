@@ -406,7 +406,7 @@ class TestAtATerminal:
     ) -> None:
         """Ctrl-C while the command is being started reaches it all the same."""
         interrupted = (
-            "import os, signal, sys; from joblock import cli;"
+            "import os, signal, sys; from joblock import _cli as cli;"
             "sys.addaudithook(lambda event, _: event == 'subprocess.Popen'"
             " and os.kill(os.getpid(), signal.SIGINT));"
             "sys.exit(cli.main())"
@@ -432,7 +432,7 @@ def read_until(master: int, text: str) -> str:
 # A whole run each, forked together so that only one pays for Python's start.
 FIFTY_FORKS = """
 import os, sys
-from joblock import cli
+from joblock import _cli as cli
 
 together, go = os.pipe()
 for _ in range(50):

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from joblock import JobLockRecord
-from joblock.record import _too_deep
+from joblock._record import _too_deep
 from tests.unit.test_fuzz import mutated, noise
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")

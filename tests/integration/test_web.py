@@ -28,7 +28,7 @@ from joblock import (
     peek_job_lock,
     release_job_lock,
 )
-from joblock.record import epoch_ms
+from joblock._record import epoch_ms
 from joblock.stores.sqlite import SqliteBlobStore
 
 WORKER = [sys.executable, str(Path(__file__).with_name("web_worker.py"))]

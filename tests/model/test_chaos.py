@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from joblock import Acquired, acquire_job_lock, release_job_lock, renew_job_lock
-from joblock.record import epoch_ms
+from joblock._record import epoch_ms
 from joblock.stores.sqlite import SqliteBlobStore
 
 WORKERS = 6

@@ -12,9 +12,10 @@ from unittest.mock import AsyncMock
 import pytest
 
 import joblock
-from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio, locks
-from joblock.record import epoch_ms
-from joblock.store import CONDITIONAL
+from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio
+from joblock import _locks as locks
+from joblock._record import epoch_ms
+from joblock._store import CONDITIONAL
 from tests.support import (
     KEY,
     UID,

@@ -24,8 +24,9 @@ from typing import Any, TypeAlias
 import pytest
 
 import joblock
-from joblock import JobLockRecord, acquire_job_lock, cli, peek_job_lock
-from joblock.record import epoch_ms
+from joblock import JobLockRecord, acquire_job_lock, peek_job_lock
+from joblock import _cli as cli
+from joblock._record import epoch_ms
 from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import KEY, UID, VAULT, acquired
 
@@ -737,4 +738,4 @@ class TestHelp:
         code = "import sys, joblock; print(*sys.modules)"
         modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
         assert "joblock" in modules
-        assert not {"joblock.cli", "argparse", "subprocess"} & set(modules)
+        assert not {"joblock._cli", "argparse", "subprocess"} & set(modules)

@@ -20,18 +20,18 @@ import pytest
 import joblock
 from joblock import (
     BlobStore,
-    HeldJobLock,
     JobLockHeldError,
     JobLockLostError,
     MemoryBlobStore,
+    OwnedJobLock,
     acquire_job_lock,
     aio,
     hold_job_lock,
     peek_job_lock,
 )
-from joblock import hold as hold_module
-from joblock.hold import Keeper, Lease, monotonic_ms
-from joblock.record import epoch_ms
+from joblock import _hold as hold_module
+from joblock._hold import Keeper, Lease, monotonic_ms
+from joblock._record import epoch_ms
 from tests.support import (
     KEY,
     UID,
@@ -91,7 +91,7 @@ class Simulation:
             clock=self.clock,
             now=self.monotonic,
         )
-        self.lock = HeldJobLock(self.keeper)
+        self.lock = OwnedJobLock(self.keeper)
         self.pass_time: Callable[[float], None] = self.clock.tick
 
     def monotonic(self) -> float:
@@ -437,7 +437,7 @@ class TestInSimulatedTime:
         return rival_won
 
 
-Body = Callable[[HeldJobLock], object]
+Body = Callable[[OwnedJobLock], object]
 Hold = Callable[..., None]
 
 
@@ -461,12 +461,12 @@ def hold(request: pytest.FixtureRequest) -> Hold:
     return chosen
 
 
-def until_renewed(lock: HeldJobLock) -> None:
+def until_renewed(lock: OwnedJobLock) -> None:
     first = lock.record
     poll(lambda: lock.record != first)
 
 
-def until_lost(lock: HeldJobLock) -> None:
+def until_lost(lock: OwnedJobLock) -> None:
     poll(lambda: lock.lost)
 
 
@@ -480,9 +480,9 @@ class TestHolding:
     def test_renews_in_the_background_and_releases(self, hold: Hold) -> None:
         """The body sees each renewal; afterwards the key is free and the lock was not lost."""
         store = MemoryBlobStore()
-        held: list[HeldJobLock] = []
+        held: list[OwnedJobLock] = []
 
-        def body(lock: HeldJobLock) -> None:
+        def body(lock: OwnedJobLock) -> None:
             held.append(lock)
             assert lock.job_id == "mine"
             assert lock.record.reason == "re-index"
@@ -513,7 +513,7 @@ class TestHolding:
         crashed = acquired(acquire_job_lock(store, UID, VAULT, clock=lambda: 0))
         taken: list[Any] = []
 
-        def body(lock: HeldJobLock) -> None:
+        def body(lock: OwnedJobLock) -> None:
             taken.append(lock.took_over)
 
         hold(store, body)
@@ -533,7 +533,7 @@ class TestHolding:
         """So that an outage of two renewals is survived."""
         waits: list[float] = []
 
-        def body(lock: HeldJobLock) -> None:
+        def body(lock: OwnedJobLock) -> None:
             waits.append(lock._keeper.lease.wait_ms(monotonic_ms()))
 
         hold(MemoryBlobStore(), body, ttl_ms=HOUR)
@@ -544,7 +544,7 @@ class TestHolding:
         """As in acquire, also for the interval and for the renewals."""
         leases: list[float] = []
 
-        def body(lock: HeldJobLock) -> None:
+        def body(lock: OwnedJobLock) -> None:
             until_renewed(lock)
             leases.append((lock.record.expires_at or 0) - (lock.record.started_at or 0))
 
@@ -557,7 +557,7 @@ class TestHolding:
         told = {"actor_uid": "me", "chunks_to_embed": 5, "estimated_seconds": 7.5, "reason": "r"}
         seen: list[dict[str, Any]] = []
 
-        def body(lock: HeldJobLock) -> None:
+        def body(lock: OwnedJobLock) -> None:
             seen.append({name: getattr(lock.record, name) for name in told})
 
         hold(store, body, **told)
@@ -569,7 +569,7 @@ class TestHolding:
     def test_a_ttl_beyond_what_a_thread_can_wait_for(self, hold: Hold) -> None:
         """It is a lease like any other."""
         store = MemoryBlobStore()
-        hold(store, HeldJobLock.check, ttl_ms=1e300)
+        hold(store, OwnedJobLock.check, ttl_ms=1e300)
         assert list(store) == []
 
     def test_a_lease_without_a_deadline_is_lost_at_once(self, hold: Hold) -> None:
@@ -583,7 +583,7 @@ class TestHolding:
         store.before["set_if_new"] = lambda: time.sleep(0.1)
         lost: list[bool] = []
 
-        def body(lock: HeldJobLock) -> None:
+        def body(lock: OwnedJobLock) -> None:
             lost.append(lock.lost)
 
         with pytest.raises(JobLockLostError, match="lease_expired"):
@@ -626,7 +626,7 @@ class TestHolding:
         """Silence would hide that two jobs may have overlapped."""
         store = MemoryBlobStore()
 
-        def body(lock: HeldJobLock) -> None:
+        def body(lock: OwnedJobLock) -> None:
             store.delete(KEY)
             assert acquire_job_lock(store, UID, VAULT, uuid_factory=lambda: "other")
             until_lost(lock)
@@ -644,7 +644,7 @@ class TestHolding:
         """Its exception goes through, with a note."""
         store = MemoryBlobStore()
 
-        def body(lock: HeldJobLock) -> None:
+        def body(lock: OwnedJobLock) -> None:
             store.delete(KEY)
             until_lost(lock)
             raise ValueError("the job's own")
@@ -671,7 +671,7 @@ class TestHolding:
                 raise RuntimeError("a bug")
             return True
 
-        def until_logged(_: HeldJobLock) -> None:
+        def until_logged(_: OwnedJobLock) -> None:
             poll(lambda: levels(caplog))
 
         store = FlakyStore()
@@ -700,20 +700,20 @@ class TestHolding:
         poll(lambda: list(store) == [])
 
 
-def inherited_lock(store: BlobStore) -> HeldJobLock:
+def inherited_lock(store: BlobStore) -> OwnedJobLock:
     """A lock as a forked child finds it: its parent's."""
     won = acquired(acquire_job_lock(store, UID, VAULT))
     lease = Lease(won, begun=monotonic_ms(), renew_every_ms=2)
     keeper = Keeper(async_view(store), UID, VAULT, lease, clock=epoch_ms, now=monotonic_ms)
     keeper._process = os.getppid()
-    return HeldJobLock(keeper)
+    return OwnedJobLock(keeper)
 
 
 def test_a_block_that_another_process_entered_is_left_as_it_is() -> None:
     """Nothing is released and nothing is raised; tests/integration has real forks."""
     store = MemoryBlobStore()
 
-    async def begin() -> HeldJobLock:
+    async def begin() -> OwnedJobLock:
         return inherited_lock(store)
 
     with hold_module._Hold(begin):

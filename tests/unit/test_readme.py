@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from joblock import MemoryBlobStore, acquire_job_lock, peek_job_lock
-from joblock.store import is_conditional
+from joblock._store import is_conditional
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from joblock import InvalidIdError, JobLockRecord, job_lock_key
-from joblock.record import MAX_NESTING, JsonValue, epoch_ms
+from joblock._record import MAX_NESTING, JsonValue, epoch_ms
 
 FULL = (
     '{"jobId":"j","canisterUid":"u","vaultId":"v","actorUid":"a","chunksToEmbed":3,'

@@ -21,15 +21,15 @@ from joblock import (
     BlobStore,
     ConditionalBlobStore,
     Held,
-    HeldJobLock,
     JobLockRecord,
     Lost,
     MemoryBlobStore,
+    OwnedJobLock,
     ReleaseResult,
     Renewed,
     aio,
 )
-from joblock.store import is_conditional
+from joblock._store import is_conditional
 from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import await_now
 
@@ -218,7 +218,7 @@ def test_holding() -> None:
 
     def blocking(store: BlobStore) -> bool:
         with joblock.hold_job_lock(store, "u", "v", renew_every_ms=1000) as lock:
-            assert_type(lock, HeldJobLock)
+            assert_type(lock, OwnedJobLock)
             assert_type(lock.job_id, str)
             assert_type(lock.record, JobLockRecord)
             assert_type(lock.took_over, JobLockRecord | None)
@@ -227,7 +227,7 @@ def test_holding() -> None:
 
     async def awaiting(store: AsyncBlobStore) -> bool:
         async with aio.hold_job_lock(store, "u", "v") as lock:
-            assert_type(lock, HeldJobLock)
+            assert_type(lock, OwnedJobLock)
             return lock.lost
 
     assert blocking(MemoryBlobStore()) is False

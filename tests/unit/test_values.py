@@ -155,23 +155,23 @@ def test_every_public_function_and_class_has_a_docstring_of_its_own() -> None:
 def test_dependencies_point_down() -> None:
     """Record, results, errors and store know nothing of the rest; stores know only `store`."""
     allowed = {
-        "errors.py": {"record"},  # for the types of its evidence only
-        "record.py": {"_value", "errors"},
-        "results.py": {"_value", "record"},
-        "store.py": {"_value"},
-        "_protocol.py": {"errors", "record", "results", "store"},
-        "locks.py": {"_protocol", "record", "results", "store"},
-        "hold.py": {"_protocol", "errors", "locks", "record", "results", "store"},
-        "aio.py": {"_protocol", "hold", "record", "results", "store"},
-        "conformance.py": {"record", "store"},
-        "stores/memory.py": {"store"},
-        "stores/sqlite.py": {"store"},
+        "_errors.py": {"_record"},  # for the types of its evidence only
+        "_record.py": {"_value", "_errors"},
+        "_results.py": {"_value", "_record"},
+        "_store.py": {"_value"},
+        "_protocol.py": {"_errors", "_record", "_results", "_store"},
+        "_locks.py": {"_protocol", "_record", "_results", "_store"},
+        "_hold.py": {"_protocol", "_errors", "_locks", "_record", "_results", "_store"},
+        "aio.py": {"_protocol", "_hold", "_record", "_results", "_store"},
+        "conformance.py": {"_record", "_store"},
+        "stores/memory.py": {"_store"},
+        "stores/sqlite.py": {"_store"},
         "stores/_http.py": set[str](),
-        "stores/_remote.py": {"store"},
-        "stores/s3.py": {"store", "_remote"},
-        "stores/azure.py": {"store", "_remote"},
-        "stores/gcs.py": {"store", "_remote"},
-        "stores/netlify.py": {"store", "_remote", "_http"},
+        "stores/_remote.py": {"_store"},
+        "stores/s3.py": {"_store", "_remote"},
+        "stores/azure.py": {"_store", "_remote"},
+        "stores/gcs.py": {"_store", "_remote"},
+        "stores/netlify.py": {"_store", "_remote", "_http"},
     }
     for name, modules in allowed.items():
         tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))

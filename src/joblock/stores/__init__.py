@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..store import ConditionalBlobStore
+    from .._store import ConditionalBlobStore
 
 __all__ = ["open_store"]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..store import Blob
+from .._store import Blob
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from azure.core import MatchConditions
 from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
 from azure.storage.blob import ContainerClient, ContentSettings
 
-from ..store import Blob
+from .._store import Blob
 from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, is_etag
 
 # The SDK's own retry waits 15 seconds, and then takes its own write for a conflict.

@@ -11,7 +11,7 @@ import requests
 from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
 from google.auth.exceptions import TransportError
 
-from ..store import Blob
+from .._store import Blob
 from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry
 
 # The SDK's own retry goes on for two minutes, and takes its own write for a conflict.

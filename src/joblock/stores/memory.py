@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Literal
 
-from ..store import Blob
+from .._store import Blob
 
 
 class MemoryBlobStore:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote, urlencode, urlsplit
 
-from ..store import TOMBSTONE, Blob
+from .._store import TOMBSTONE, Blob
 from ._http import Answer, Connections
 from ._remote import READ_TIMEOUT_S, Retry, is_etag
 

@@ -11,7 +11,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnectionError
 
-from ..store import TOMBSTONE, Blob
+from .._store import TOMBSTONE, Blob
 from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, DoubtfulRefusal, Pool, Retry, is_etag
 
 QUICK = Config(

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..store import Blob
+from .._store import Blob
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS joblock (

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, TypeAlias
 
+from ._record import JobLockRecord, epoch_ms
 from ._value import Value, assign
-from .record import JobLockRecord, epoch_ms
 
 NotOwned: TypeAlias = Literal["lock_owned_by_other_job", "lock_already_gone"]
 

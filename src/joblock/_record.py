@@ -14,8 +14,8 @@ import time
 from json.encoder import encode_basestring
 from typing import NoReturn, TypeAlias
 
+from ._errors import InvalidIdError
 from ._value import Value, assign
-from .errors import InvalidIdError
 
 JsonValue: TypeAlias = "dict[str, JsonValue] | list[JsonValue] | str | int | float | bool | None"
 

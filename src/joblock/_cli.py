@@ -35,10 +35,10 @@ from . import (
     peek_job_lock,
     release_job_lock,
 )
+from ._hold import OwnedJobLock
+from ._record import epoch_ms
+from ._store import BlobStore
 from .conformance import check_store
-from .hold import HeldJobLock
-from .record import epoch_ms
-from .store import BlobStore
 from .stores import open_store
 from .stores.memory import MemoryBlobStore
 from .stores.sqlite import SqliteBlobStore
@@ -134,7 +134,7 @@ def _run(args: argparse.Namespace) -> int:
     return status
 
 
-def _attend(command: list[str], lock: HeldJobLock, signals: Signals, grace_s: float) -> int:
+def _attend(command: list[str], lock: OwnedJobLock, signals: Signals, grace_s: float) -> int:
     """Run the command to its end and return its status; pass on signals; stop it at a loss.
 
     At a terminal the command stays in this process's group: it can read the terminal, and Ctrl-C

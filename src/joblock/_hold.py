@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import Any
 
 from . import _protocol
+from ._errors import JobLockHeldError, JobLockLostError, LossReason
+from ._locks import run, view
 from ._protocol import JOB_LOCK_TTL_MS
-from .errors import JobLockHeldError, JobLockLostError, LossReason
-from .locks import run, view
-from .record import JobLockRecord, as_number, epoch_ms, job_lock_key
-from .results import Acquired, Held, Lost, Renewed
-from .store import AsyncBlobStore, BlobStore
+from ._record import JobLockRecord, as_number, epoch_ms, job_lock_key
+from ._results import Acquired, Held, Lost, Renewed
+from ._store import AsyncBlobStore, BlobStore
 
 # Seconds. Linux's usual monotonic clock stands still while the host sleeps, but a lease does not.
 _monotonic = (
@@ -107,7 +107,7 @@ class Lease:
         return error
 
 
-class HeldJobLock:
+class OwnedJobLock:
     """The lock that `hold_job_lock` keeps for the job that runs in its `with` block.
 
     A forked child does not renew it: there `lost` becomes true when the lease that the child was
@@ -187,7 +187,7 @@ class Keeper:
 
     async def keep(
         self,
-        holder: weakref.ref[HeldJobLock],
+        holder: weakref.ref[OwnedJobLock],
         wait: Callable[[float], Coroutine[Any, Any, bool]],
     ) -> None:
         """Renew until the body has ended, or nobody has its lock any more; then release.
@@ -310,7 +310,7 @@ async def begin(
     clock_skew_ms: float,
     clock: Callable[[], float],
     uuid_factory: Callable[[], uuid.UUID | str],
-) -> HeldJobLock:
+) -> OwnedJobLock:
     """Acquire the lock that is to be kept, or raise `JobLockHeldError`."""
     lease_ms = _protocol.lease_ms(ttl_ms)
     every_ms = lease_ms / 3 if renew_every_ms is None else as_number(renew_every_ms)
@@ -337,7 +337,7 @@ async def begin(
         raise JobLockHeldError(acquired.existing)
     lease = Lease(acquired, begun=begun, renew_every_ms=every_ms)
     keeper = Keeper(store, canister_uid, vault_id, lease, clock=clock, now=monotonic_ms)
-    return HeldJobLock(keeper)
+    return OwnedJobLock(keeper)
 
 
 def hold_job_lock(
@@ -357,7 +357,7 @@ def hold_job_lock(
 ) -> _Hold:
     """Hold the lock of `(canister_uid, vault_id)` for as long as the `with` block runs.
 
-    Entering acquires, with `acquire_job_lock`'s keywords, and gives a `HeldJobLock`. A daemon
+    Entering acquires, with `acquire_job_lock`'s keywords, and gives a `OwnedJobLock`. A daemon
     thread renews the lock every `renew_every_ms`, so a job may run for hours with a TTL of a
     minute, and if its process is killed the lock is free within that minute. The default is a
     third of the TTL: an outage of the store that swallows two renewals is survived, because one
@@ -421,11 +421,11 @@ class Once:
 
 
 class _Hold:
-    def __init__(self, begin: Callable[[], Coroutine[Any, Any, HeldJobLock]]) -> None:
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, OwnedJobLock]]) -> None:
         self._begin = begin
         self._enter = Once()
 
-    def __enter__(self) -> HeldJobLock:
+    def __enter__(self) -> OwnedJobLock:
         self._enter()
         self._lock = lock = run(self._begin())
         self._ended, self._kept = threading.Event(), threading.Event()
@@ -477,7 +477,7 @@ class _Hold:
 
 def _keep(
     keeper: Keeper,
-    holder: weakref.ref[HeldJobLock],
+    holder: weakref.ref[OwnedJobLock],
     ended: threading.Event,
     kept: threading.Event,
 ) -> None:

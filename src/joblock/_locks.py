@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 
 from . import _protocol
 from ._protocol import JOB_LOCK_TTL_MS
-from .record import JobLockRecord, epoch_ms
-from .results import Acquired, Held, Lost, ReleaseResult, Renewed
-from .store import (
+from ._record import JobLockRecord, epoch_ms
+from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
+from ._store import (
     AsyncBlobStore,
     Blob,
     BlobStore,
