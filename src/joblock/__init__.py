@@ -11,9 +11,10 @@ from ._errors import (
     StoreContentionError,
 )
 from ._hold import OwnedJobLock, hold_job_lock
+from ._ids import job_lock_key
 from ._locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
 from ._protocol import JOB_LOCK_TTL_MS
-from ._record import JobLockRecord, JsonValue, job_lock_key
+from ._record import JobLockRecord, JsonValue
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
 from ._store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, BlobStore, ConditionalBlobStore
 from .stores.memory import MemoryBlobStore

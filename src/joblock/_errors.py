@@ -5,10 +5,9 @@ What a store raises is not here: it reaches the caller unchanged.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-if TYPE_CHECKING:
-    from ._record import JobLockRecord
+from ._record import JobLockRecord
 
 LossReason: TypeAlias = Literal["lock_owned_by_other_job", "lock_already_gone", "lease_expired"]
 

@@ -20,7 +20,8 @@ import uuid
 from collections.abc import Callable
 
 from ._errors import InvalidIdError, StoreContentionError
-from ._record import SURROGATES, JobLockRecord, as_number, as_text, check_text, job_lock_key
+from ._ids import check_text, job_lock_key, new_job_id
+from ._record import JobLockRecord, as_number, as_text
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
 from ._store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
 
@@ -77,12 +78,12 @@ async def acquire(
         current = await _read_plain(store, key)
         if current is not None and current.is_live(now_ms - clock_skew_ms):
             return Held(current)
-        job_id = _job_id(uuid_factory)
+        job_id = new_job_id(uuid_factory)
         record = new_record(job_id, now_ms)
         await store.set(key, record.to_json())
         return Acquired(job_id, record, etag=None, took_over=current)
 
-    job_id = _job_id(uuid_factory)
+    job_id = new_job_id(uuid_factory)
     blob: Blob | None = None  # the key is most likely free: then this is the only request
     current = None
     now_ms = _now(clock)
@@ -245,15 +246,6 @@ def lease_ms(ttl_ms: float) -> float:
 
 def _deadline(now_ms: float, ttl_ms: float) -> float | None:
     return as_number(now_ms + lease_ms(ttl_ms))
-
-
-def _job_id(uuid_factory: Callable[[], uuid.UUID | str]) -> str:
-    made = uuid_factory()
-    job_id = str(made) if isinstance(made, uuid.UUID) else made
-    check_text("uuid_factory's job id", job_id)
-    if not job_id.isascii() and SURROGATES.search(job_id):
-        raise InvalidIdError("uuid_factory's job id", f"must not have surrogates, as {made!r}")
-    return job_id
 
 
 def _check_etag(etag: object) -> None:

@@ -1,4 +1,4 @@
-"""The lock record: its key, its fields, and its bytes in the store.
+"""The lock record: its fields, and its bytes in the store.
 
 The bytes are those of the JavaScript original's `JSON.stringify`, so that both can share a store:
 a fixed order of keys, no spaces, non-ASCII as it is, numbers as ECMAScript prints them. Reading
@@ -14,7 +14,6 @@ import time
 from json.encoder import encode_basestring
 from typing import NoReturn, TypeAlias
 
-from ._errors import InvalidIdError
 from ._value import Value, assign
 
 JsonValue: TypeAlias = "dict[str, JsonValue] | list[JsonValue] | str | int | float | bool | None"
@@ -27,18 +26,6 @@ MAX_NESTING = 64
 def epoch_ms() -> int:
     """The default clock: milliseconds since 1970-01-01 UTC, as JavaScript's `Date.now()`."""
     return time.time_ns() // 1_000_000
-
-
-def job_lock_key(canister_uid: str, vault_id: str) -> str:
-    """Return the key of the lock: `index-jobs/{canister_uid}/{vault_id}.json`.
-
-    Raises `InvalidIdError` for an id that is not a non-empty string, is `.` or `..`, or has a `/`,
-    a control character or a lone surrogate: two pairs of ids must never share a key.
-    """
-    _check_id("canister_uid", canister_uid)
-    _check_id("vault_id", vault_id)
-    # Not an f-string: it would ask an id of an enum's class for its name instead of its text.
-    return "".join(("index-jobs/", canister_uid, "/", vault_id, ".json"))
 
 
 class JobLockRecord(Value):
@@ -169,25 +156,6 @@ def as_number(value: object) -> float | None:
         return value if math.isfinite(value) else None
     except OverflowError:  # an int that no double can hold
         return None
-
-
-_NOT_IN_AN_ID = re.compile("[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def check_text(argument: str, value: object) -> None:
-    """Raise InvalidIdError unless `value` is a non-empty string."""
-    if not isinstance(value, str) or not value:
-        raise InvalidIdError(argument, f"must be a non-empty string, not {value!r}")
-
-
-def _check_id(argument: str, value: str) -> None:
-    check_text(argument, value)
-    if value in (".", "..") or _NOT_IN_AN_ID.search(value):
-        raise InvalidIdError(
-            argument,
-            "must not be '.' or '..' or have a '/', a control character or a lone surrogate, "
-            f"as {value!r}",
-        )
 
 
 def _refuse_constant(name: str) -> NoReturn:

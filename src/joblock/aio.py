@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from . import _protocol
-from ._hold import Keeper, Once, OwnedJobLock, begin
+from ._hold import OwnedJobLock
+from ._lease import Keeper, Once, begin
 from ._protocol import JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
@@ -181,22 +182,23 @@ _RESTARTS = 3  # an event loop that shuts down cancels every task once
 
 
 class _Hold:
-    def __init__(self, begin: Callable[[], Coroutine[Any, Any, OwnedJobLock]]) -> None:
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, Keeper]]) -> None:
         self._begin = begin
         self._enter = Once()
 
     async def __aenter__(self) -> OwnedJobLock:
         asyncio.get_running_loop()  # no asyncio, no lock
         self._enter()
-        self._lock = await self._begin()
+        self._keeper = await self._begin()
+        self._lock = OwnedJobLock(self._keeper)
         self._ended = asyncio.Event()
         self._task = self._start()
         return self._lock
 
     def _start(self) -> asyncio.Task[None]:
-        keeper = self._lock._keeper
         return asyncio.create_task(
-            _keep(keeper, weakref.ref(self._lock), self._ended), name=f"joblock {keeper.key}"
+            _keep(self._keeper, weakref.ref(self._lock), self._ended),
+            name=f"joblock {self._keeper.key}",
         )
 
     async def __aexit__(
@@ -205,7 +207,7 @@ class _Hold:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        keeper = self._lock._keeper
+        keeper = self._keeper
         if not keeper.end():
             return
         self._ended.set()
@@ -234,7 +236,7 @@ class _Hold:
         return None
 
 
-async def _keep(keeper: Keeper, holder: weakref.ref[OwnedJobLock], ended: asyncio.Event) -> None:
+async def _keep(keeper: Keeper, holder: weakref.ref[object], ended: asyncio.Event) -> None:
     async def wait(seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):

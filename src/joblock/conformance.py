@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ._record import job_lock_key
+from ._ids import job_lock_key
 from ._store import (
     Blob,
     BlobStore,

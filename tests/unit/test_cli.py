@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import pytest
 
 import joblock
-from joblock import JobLockRecord, acquire_job_lock, peek_job_lock
+from joblock import JobLockRecord, _child, _output, acquire_job_lock, peek_job_lock
 from joblock import _cli as cli
 from joblock._record import epoch_ms
 from joblock.stores.sqlite import SqliteBlobStore
@@ -289,7 +289,7 @@ class TestRun:
         """One line, and the command is waited for all the same."""
         with subprocess.Popen(["true"]) as ended:
             ended.wait()
-        cli._send(ended.pid, signal.SIGTERM, own_group=True)
+        _child._send(ended.pid, signal.SIGTERM, own_group=True)
         line = "joblock: the command did not get signal 15: No such process\n"
         assert capsys.readouterr().err == line
 
@@ -303,10 +303,10 @@ class TestRun:
 
     def test_which_group_has_the_terminal(self, tmp_path: Path) -> None:
         """None where there is no terminal, or one that is not this process's."""
-        assert cli._foreground_group(tmp_path / "missing") is None
+        assert _child._foreground_group(tmp_path / "missing") is None
         master, slave = os.openpty()
         try:
-            assert cli._foreground_group(Path(os.ttyname(slave))) is None
+            assert _child._foreground_group(Path(os.ttyname(slave))) is None
         finally:
             os.close(master)
             os.close(slave)
@@ -450,7 +450,7 @@ def test_closed_standard_error(
 )
 def test_ages_in_words(ms: float, words: str) -> None:
     """In the largest unit of which there are at least two."""
-    assert cli._distance(ms) == words
+    assert _output._distance(ms) == words
 
 
 class TestRelease:
@@ -607,7 +607,7 @@ class TestArguments:
 
     def test_secrets_of_urls_are_not_shown(self, capsys: pytest.CaptureFixture[str]) -> None:
         """An SDK's error may quote a signed URL."""
-        cli._say("GET https://me:pass@host/a?sig=abc&x=1 failed: why? because")
+        _output.say("GET https://me:pass@host/a?sig=abc&x=1 failed: why? because")
         assert capsys.readouterr().err == (
             "joblock: GET https://...@host/a?... failed: why? because\n"
         )
@@ -617,7 +617,7 @@ class TestArguments:
         self, capsys: pytest.CaptureFixture[str], password: str
     ) -> None:
         """Also those that a URL should have escaped."""
-        cli._say(f"GET https://me:{password}@host/a failed: ask me@home")
+        _output.say(f"GET https://me:{password}@host/a failed: ask me@home")
         assert capsys.readouterr().err == ("joblock: GET https://...@host/a failed: ask me@home\n")
 
     @pytest.mark.parametrize(

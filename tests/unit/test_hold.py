@@ -30,7 +30,7 @@ from joblock import (
     peek_job_lock,
 )
 from joblock import _hold as hold_module
-from joblock._hold import Keeper, Lease, monotonic_ms
+from joblock._lease import Keeper, Lease, monotonic_ms
 from joblock._record import epoch_ms
 from tests.support import (
     KEY,
@@ -82,7 +82,9 @@ class Simulation:
         self.store = store
         self.clock = Clock()
         won = acquired(acquire_job_lock(store, UID, VAULT, ttl_ms=MINUTE, clock=self.clock))
-        self.lease = Lease(won, begun=self.monotonic(), renew_every_ms=renew_every_ms)
+        self.lease = Lease(
+            won, begun=self.monotonic(), ttl_ms=MINUTE, renew_every_ms=renew_every_ms
+        )
         self.keeper = Keeper(
             async_view(store),
             UID,
@@ -314,7 +316,7 @@ class TestInSimulatedTime:
             return int(real.now)
 
         won = acquired(acquire_job_lock(store, UID, VAULT, ttl_ms=20, clock=wall))
-        lease = Lease(won, begun=real.now, renew_every_ms=5)
+        lease = Lease(won, begun=real.now, ttl_ms=20, renew_every_ms=5)
         while not acquire_job_lock(store, UID, VAULT, ttl_ms=20, clock=wall):
             real.tick(0.001)
         assert lease.loss(real.now) is not None
@@ -700,21 +702,21 @@ class TestHolding:
         poll(lambda: list(store) == [])
 
 
-def inherited_lock(store: BlobStore) -> OwnedJobLock:
-    """A lock as a forked child finds it: its parent's."""
+def inherited(store: BlobStore) -> Keeper:
+    """What keeps a lock, as a forked child finds it: its parent's."""
     won = acquired(acquire_job_lock(store, UID, VAULT))
-    lease = Lease(won, begun=monotonic_ms(), renew_every_ms=2)
+    lease = Lease(won, begun=monotonic_ms(), ttl_ms=MINUTE, renew_every_ms=2)
     keeper = Keeper(async_view(store), UID, VAULT, lease, clock=epoch_ms, now=monotonic_ms)
     keeper._process = os.getppid()
-    return OwnedJobLock(keeper)
+    return keeper
 
 
 def test_a_block_that_another_process_entered_is_left_as_it_is() -> None:
     """Nothing is released and nothing is raised; tests/integration has real forks."""
     store = MemoryBlobStore()
 
-    async def begin() -> OwnedJobLock:
-        return inherited_lock(store)
+    async def begin() -> Keeper:
+        return inherited(store)
 
     with hold_module._Hold(begin):
         pass

@@ -1,0 +1,132 @@
+"""What the command prints, made printable: it may come from the store, to which others write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Generator
+from datetime import UTC, datetime
+
+from ._record import JobLockRecord, epoch_ms
+from ._store import BlobStore
+
+UNWRITABLE = 74  # sysexits.h
+
+
+class CommandError(Exception):
+    """What ends the command: a line for standard error and the exit status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status, message)
+        self.status = status
+        self.message = message
+
+
+def table(uid: str, vault: str, record: JobLockRecord, now_ms: float) -> list[str]:
+    rows = {
+        "lock": f"{uid} / {vault}",
+        "state": "live" if record.is_live(now_ms) else "expired: the next run takes it over",
+        "job": record.job_id,
+        "actor": record.actor_uid,
+        "reason": record.reason,
+        "chunks": record.chunks_to_embed,
+        "estimate": None if record.estimated_seconds is None else f"{record.estimated_seconds} s",
+        "started": _when(record.started_at, now_ms),
+        "expires": _when(record.expires_at, now_ms),
+    }
+    return [f"{name:<10}{_short(str(value))}" for name, value in rows.items() if value is not None]
+
+
+def no_lock(uid: str, vault: str, store: BlobStore) -> str:
+    return f"no lock of {uid} / {vault} in {store!r}"
+
+
+def held_by(uid: str, vault: str, record: JobLockRecord) -> str:
+    now_ms = epoch_ms()
+    uid, vault, job_id, actor = (  # each shortened, so that the times are seen
+        _short(_printable(str(text)), 80) for text in (uid, vault, record.job_id, record.actor_uid)
+    )
+    by = job_id if record.actor_uid is None else f"{job_id} ({actor})"
+    return (
+        f"{uid} / {vault} is held by job {by} "
+        f"since {_when(record.started_at, now_ms)} until {_when(record.expires_at, now_ms)}"
+    )
+
+
+def _when(ms: float | None, now_ms: float) -> str:
+    if ms is None:
+        return "unknown"
+    try:
+        moment = datetime.fromtimestamp(ms / 1000, UTC)
+    except (OverflowError, ValueError, OSError):  # the store may hold any number
+        return f"{ms:g} ms after 1970"
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC ({_distance(ms - now_ms)})"
+
+
+def _distance(ms: float) -> str:
+    seconds = abs(ms) / 1000
+    if seconds < 0.5:
+        return "now"
+    units = {"days": 86_400, "hours": 3600, "minutes": 60}
+    name, size = next(((n, s) for n, s in units.items() if seconds >= 2 * s), ("seconds", 1))
+    count = round(seconds / size)
+    words = f"{count} {name if count != 1 else name[:-1]}"
+    return f"in {words}" if ms > 0 else f"{words} ago"
+
+
+def ascii_json(record: JobLockRecord | None) -> str:
+    """As in the store, but in ASCII, with the rest and every control character escaped."""
+    return json.dumps(None if record is None else json.loads(record.to_json()))
+
+
+def print_lines(*lines: str) -> None:
+    if sys.stdout is None:  # closed before joblock began
+        return
+    encoding = sys.stdout.encoding
+    try:
+        for line in lines:
+            print(_printable(line).encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # that is only that nobody reads on
+            raise CommandError(UNWRITABLE, f"cannot write: {error.strerror}") from error
+
+
+def say(text: str) -> None:
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(_short(_printable(f"joblock: {_SECRETS.sub('...', text)}")), file=sys.stderr)
+
+
+_SECRETS = re.compile(r"(?<=://)\S+(?=@)|(?<=\?)[^\s=]+=\S+")  # of a URL in an SDK's error
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _short(text: str, length: int = 500) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Generator[None]:
+    logger = logging.getLogger("joblock")
+    handler = _LogLines()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _LogLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
