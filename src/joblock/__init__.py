@@ -3,21 +3,33 @@
 Async stores: `joblock.aio`. Stores that ship: `joblock.stores`.
 """
 
+from typing import TYPE_CHECKING
+
 from ._errors import (
     InvalidIdError,
     JobLockError,
     JobLockHeldError,
     JobLockLostError,
+    LossReason,
     StoreContentionError,
 )
 from ._hold import OwnedJobLock, hold_job_lock
 from ._ids import job_lock_key
 from ._locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
 from ._protocol import JOB_LOCK_TTL_MS
-from ._record import JobLockRecord, JsonValue
-from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
-from ._store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, BlobStore, ConditionalBlobStore
+from ._record import JobLockRecord, JsonValue, epoch_ms
+from ._results import Acquired, Held, Lost, NotOwned, ReleaseResult, Renewed
+from ._store import (
+    AsyncBlobStore,
+    AsyncConditionalBlobStore,
+    Blob,
+    BlobStore,
+    ConditionalBlobStore,
+)
 from .stores.memory import MemoryBlobStore
+
+if TYPE_CHECKING:
+    from . import aio as aio
 
 __version__ = "0.1.0"
 
@@ -36,16 +48,36 @@ __all__ = [
     "JobLockLostError",
     "JobLockRecord",
     "JsonValue",
+    "LossReason",
     "Lost",
     "MemoryBlobStore",
+    "NotOwned",
     "OwnedJobLock",
     "ReleaseResult",
     "Renewed",
     "StoreContentionError",
     "acquire_job_lock",
+    "epoch_ms",
     "hold_job_lock",
     "job_lock_key",
     "peek_job_lock",
     "release_job_lock",
     "renew_job_lock",
 ]
+
+# Pickles, reprs and tracebacks then name the door, not the file behind it, which may be renamed.
+for _name in __all__:
+    if getattr(globals()[_name], "__module__", "").startswith("joblock._"):
+        globals()[_name].__module__ = __name__
+
+if not TYPE_CHECKING:  # or every misspelt name would pass a type checker
+
+    def __getattr__(name):
+        if name == "aio":  # imported when it is asked for: asyncio is half of a start
+            from importlib import import_module
+
+            return import_module(".aio", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return [*globals(), "aio"]

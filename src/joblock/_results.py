@@ -2,9 +2,9 @@
 
 Each is also true or false as its name suggests, so that `if acquire_job_lock(...)` means what it
 reads like.
-"""
 
-from __future__ import annotations
+Its annotations are no strings, so that `typing.get_type_hints` finds their names.
+"""
 
 import math
 from collections.abc import Callable

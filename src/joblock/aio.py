@@ -33,9 +33,9 @@ from ._store import (
     require,
 )
 
-P = ParamSpec("P")
-T = TypeVar("T")
-_Async: TypeAlias = Callable[P, Coroutine[Any, Any, T]]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Async: TypeAlias = Callable[_P, Coroutine[Any, Any, _T]]
 
 __all__ = [
     "ThreadedBlobStore",
@@ -288,8 +288,8 @@ class ThreadedBlobStore:
         await _in_thread(self._store.delete)(key)
 
 
-def _in_thread(method: Callable[P, T]) -> _Async[P, T]:
-    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+def _in_thread(method: Callable[_P, _T]) -> _Async[_P, _T]:
+    async def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return blocking(await asyncio.to_thread(method, *args, **kwargs))
 
     return call

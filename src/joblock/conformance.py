@@ -18,7 +18,6 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import TypeVar
 
 from ._ids import job_lock_key
@@ -31,24 +30,31 @@ from ._store import (
     is_conditional,
     require,
 )
+from ._value import Value, assign
 
 __all__ = ["Finding", "check_store"]
 
-CONTENDERS = 8  # fewer than the ten connections that boto3's client and others keep
-ROUNDS = 3
+_CONTENDERS = 8  # fewer than the ten connections that boto3's client and others keep
+_RACES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Value):
     """What one check found, as true as `ok`.
 
     `check` is its name, which stays the same between versions. `message` is one line: what was
     found and, where that is not ok, what it means for the lock or what to do.
     """
 
+    __slots__ = __match_args__ = ("ok", "check", "message")
+
     ok: bool
     check: str
     message: str
+
+    def __init__(self, ok: bool, check: str, message: str) -> None:
+        assign(self, "ok", ok)
+        assign(self, "check", check)
+        assign(self, "message", message)
 
     def __bool__(self) -> bool:
         return self.ok
@@ -73,7 +79,7 @@ def check_store(store: BlobStore) -> list[Finding]:
     """
     require(store, ("get", "set", "delete"))
     if is_conditional(store):
-        with ThreadPoolExecutor(CONTENDERS) as threads:
+        with ThreadPoolExecutor(_CONTENDERS) as threads:
             probe = _ConditionalProbe(store, threads)
             return [_CONDITIONAL, *_findings(probe, {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS})]
     return [_NOT_CONDITIONAL, *_findings(_Probe(store), _PLAIN_CHECKS)]
@@ -92,7 +98,7 @@ class _BrokenRuleError(Exception):
     """The store did something else than it must."""
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class _Probe:
@@ -202,10 +208,10 @@ class _ConditionalProbe(_Probe):
         return answers
 
 
-P = TypeVar("P", bound=_Probe)
+_P = TypeVar("_P", bound=_Probe)
 
 
-def _findings(probe: P, checks: Mapping[str, Callable[[P], str]]) -> list[Finding]:
+def _findings(probe: _P, checks: Mapping[str, Callable[[_P], str]]) -> list[Finding]:
     try:
         findings = [_finding(name, check, probe) for name, check in checks.items()]
     finally:
@@ -213,7 +219,7 @@ def _findings(probe: P, checks: Mapping[str, Callable[[P], str]]) -> list[Findin
     return [*findings, cleaned_up]
 
 
-def _finding(name: str, check: Callable[[P], str], probe: P) -> Finding:
+def _finding(name: str, check: Callable[[_P], str], probe: _P) -> Finding:
     try:
         return Finding(True, name, check(probe))
     except WrongStoreError:
@@ -229,7 +235,7 @@ def _said(error: Exception) -> str:
     return f"raised {' '.join(''.join(lines).split())}"
 
 
-def _blocking(answer: T) -> T:
+def _blocking(answer: _T) -> _T:
     return blocking(
         answer,
         "check the blocking store that it wraps, or give check_store an object whose methods run "
@@ -518,23 +524,23 @@ def _removal(probe: _ConditionalProbe, key: str, etag: str) -> _Contender:
 
 
 def _one_create(probe: _ConditionalProbe) -> str:
-    for _ in range(ROUNDS):
+    for _ in range(_RACES):
         key = probe.new_key()
-        _race(probe, key, None, [_creation(probe, key) for _ in range(CONTENDERS)])
-    return f"of {CONTENDERS} simultaneous set_if_new, one succeeds"
+        _race(probe, key, None, [_creation(probe, key) for _ in range(_CONTENDERS)])
+    return f"of {_CONTENDERS} simultaneous set_if_new, one succeeds"
 
 
 def _one_update(probe: _ConditionalProbe) -> str:
-    for _ in range(ROUNDS):
+    for _ in range(_RACES):
         key, text = probe.new_key(), probe.new_text()
         etag = probe.created(key, text)
-        _race(probe, key, text, [_update(probe, key, etag) for _ in range(CONTENDERS)])
-    return f"of {CONTENDERS} simultaneous set_if_match, one succeeds"
+        _race(probe, key, text, [_update(probe, key, etag) for _ in range(_CONTENDERS)])
+    return f"of {_CONTENDERS} simultaneous set_if_match, one succeeds"
 
 
 def _update_or_delete(probe: _ConditionalProbe) -> str:
-    kinds = [_update, _removal] * (CONTENDERS // 2)
-    for _ in range(ROUNDS):
+    kinds = [_update, _removal] * (_CONTENDERS // 2)
+    for _ in range(_RACES):
         key, text = probe.new_key(), probe.new_text()
         etag = probe.created(key, text)
         _race(probe, key, text, [kind(probe, key, etag) for kind in kinds])

@@ -20,7 +20,7 @@ import pytest
 
 from joblock import Blob, MemoryBlobStore
 from joblock.aio import ThreadedBlobStore
-from joblock.conformance import CONTENDERS, ROUNDS, Finding, check_store
+from joblock.conformance import _CONTENDERS, _RACES, Finding, check_store
 from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import AsyncConditionalView, AsyncView, PlainStore, RecordingStore
 
@@ -415,7 +415,7 @@ class RacyDelete(Racy):
         self.wait_for(
             lambda: (
                 self.arrived[f"{key} delete"] > 0
-                or self.arrived[f"{key} update"] == CONTENDERS
+                or self.arrived[f"{key} update"] == _CONTENDERS
                 or self.arrived[f"{key} read"] > 0
             )
         )
@@ -612,7 +612,7 @@ def test_the_calls_of_a_race_start_together() -> None:
             return super().set_if_new(key, value)
 
     check_store(Watched())
-    assert [len(threads) for threads in races.values()] == [CONTENDERS] * ROUNDS
+    assert [len(threads) for threads in races.values()] == [_CONTENDERS] * _RACES
 
 
 def test_the_etag_may_be_read_before_the_value() -> None:

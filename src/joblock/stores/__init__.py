@@ -58,24 +58,24 @@ def open_store(url: str) -> ConditionalBlobStore:
 
                 return SqliteBlobStore(rest)
             case "s3":
-                from .s3 import open_bucket
+                from .s3 import connect as connect_s3
 
                 rest, _, option = rest.partition("?")
                 if option not in ("", "conditional_delete=false"):
                     raise ValueError("the only option of s3: is ?conditional_delete=false")
-                return open_bucket(*_place(rest), conditional_delete=not option)
+                return connect_s3(*_place(rest), conditional_delete=not option)
             case "azure":
-                from .azure import open_container
+                from .azure import connect as connect_azure
 
-                return open_container(*_place(rest))
+                return connect_azure(*_place(rest))
             case "gs":
-                from .gcs import open_bucket as open_gcs_bucket
+                from .gcs import connect as connect_gcs
 
-                return open_gcs_bucket(*_place(rest))
+                return connect_gcs(*_place(rest))
             case "netlify":
-                from .netlify import open_site_store
+                from .netlify import connect as connect_netlify
 
-                return open_site_store(rest)
+                return connect_netlify(rest)
             case _:
                 # Not the whole of it: there may be a password in it, or it may be one.
                 named = colon and re.fullmatch("[a-z0-9+]+", scheme)

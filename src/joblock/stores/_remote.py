@@ -12,7 +12,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .._store import Blob
@@ -36,12 +35,16 @@ class DoubtfulRefusal(Exception):  # noqa: N818 - it is caught here, always
     """The client repeated a request by itself, and then it was refused."""
 
 
-@dataclass(frozen=True, slots=True)
 class Retry:
     """Which errors are no answer, and how long to wait before each further request."""
 
-    unanswered: Callable[[Exception], bool]
-    pauses_s: tuple[float, ...] = (0.1, 1.5)  # Google allows a key about one write a second
+    def __init__(
+        self,
+        unanswered: Callable[[Exception], bool],
+        pauses_s: tuple[float, ...] = (0.1, 1.5),  # Google allows a key about one write a second
+    ) -> None:
+        self.unanswered = unanswered
+        self.pauses_s = pauses_s
 
     def ask(self, send: Callable[[], T]) -> tuple[T | None, bool]:
         """Return what `send` returns, and whether an earlier request was not answered."""

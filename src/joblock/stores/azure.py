@@ -13,6 +13,8 @@ from azure.storage.blob import ContainerClient, ContentSettings
 from .._store import Blob
 from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, is_etag
 
+__all__ = ["AzureBlobStore", "connect"]
+
 # The SDK's own retry waits 15 seconds, and then takes its own write for a conflict.
 _REQUEST: dict[str, Any] = {
     "retry_total": 0,
@@ -126,8 +128,8 @@ class AzureBlobStore:
         return self._container.get_blob_client(self._prefix + key)
 
 
-def open_container(container: str, prefix: str) -> AzureBlobStore:
-    """Return the store with a client of its own, for `joblock.stores.open_store`."""
+def connect(container: str, prefix: str) -> AzureBlobStore:
+    """Return the store of this container, with a client that takes its credentials by itself."""
     connection_string = os.environ.get("AZURE_STORAGE_CONNECTION_STRING")
     account = os.environ.get("AZURE_STORAGE_ACCOUNT")
     if connection_string:

@@ -14,6 +14,8 @@ from google.auth.exceptions import TransportError
 from .._store import Blob
 from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry
 
+__all__ = ["GcsBlobStore", "connect"]
+
 # The SDK's own retry goes on for two minutes, and takes its own write for a conflict.
 _REQUEST: dict[str, Any] = {"retry": None, "timeout": (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)}
 
@@ -115,8 +117,8 @@ class GcsBlobStore:
         return self._bucket.blob(self._prefix + key)
 
 
-def open_bucket(bucket: str, prefix: str) -> GcsBlobStore:
-    """Return the store with a client of its own, for `joblock.stores.open_store`."""
+def connect(bucket: str, prefix: str) -> GcsBlobStore:
+    """Return the store of this bucket, with a client that takes its credentials by itself."""
     storage: Any = importlib.import_module("google.cloud.storage")  # it has no types
     return GcsBlobStore(storage.Client().bucket(bucket), prefix=prefix)
 

@@ -9,6 +9,8 @@ from typing import Literal
 
 from .._store import Blob
 
+__all__ = ["MemoryBlobStore"]
+
 
 class MemoryBlobStore:
     """A conditional store in this process's memory, safe from any thread.

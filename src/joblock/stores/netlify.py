@@ -16,6 +16,8 @@ from .._store import TOMBSTONE, Blob
 from ._http import Answer, Connections
 from ._remote import READ_TIMEOUT_S, Retry, is_etag
 
+__all__ = ["NetlifyBlobStore", "NetlifyBlobsError", "connect"]
+
 _API_URL = "https://api.netlify.com"
 _SIGNED_URL = {"accept": "application/json;type=signed-url"}
 
@@ -227,8 +229,8 @@ class NetlifyBlobStore:
         return answer
 
 
-def open_site_store(name: str) -> NetlifyBlobStore:
-    """Return the store of the environment, for `joblock.stores.open_store`."""
+def connect(name: str) -> NetlifyBlobStore:
+    """Return the store with this name, with what the environment says."""
     if os.environ.get("NETLIFY_BLOBS_CONTEXT"):
         return NetlifyBlobStore(name)
     site_id, token = os.environ.get("NETLIFY_SITE_ID"), os.environ.get("NETLIFY_AUTH_TOKEN")

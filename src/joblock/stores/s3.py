@@ -14,6 +14,8 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 from .._store import TOMBSTONE, Blob
 from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, DoubtfulRefusal, Pool, Retry, is_etag
 
+__all__ = ["QUICK", "S3BlobStore", "connect"]
+
 QUICK = Config(
     connect_timeout=CONNECT_TIMEOUT_S,
     read_timeout=READ_TIMEOUT_S,
@@ -127,8 +129,8 @@ class S3BlobStore:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
 
-def open_bucket(bucket: str, prefix: str, *, conditional_delete: bool) -> S3BlobStore:
-    """Return the store with a client of its own, for `joblock.stores.open_store`."""
+def connect(bucket: str, prefix: str, *, conditional_delete: bool) -> S3BlobStore:
+    """Return the store of this bucket, with a client that takes its credentials by itself."""
     boto3: Any = importlib.import_module("boto3")  # it has no types
     client = boto3.client("s3", config=QUICK)
     return S3BlobStore(client, bucket, prefix=prefix, conditional_delete=conditional_delete)

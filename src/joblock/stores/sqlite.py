@@ -21,6 +21,8 @@ from typing import Any, Self
 
 from .._store import Blob
 
+__all__ = ["SqliteBlobStore"]
+
 _CREATE = """
 CREATE TABLE IF NOT EXISTS joblock (
     key TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, etag TEXT NOT NULL
