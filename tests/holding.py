@@ -1,0 +1,80 @@
+"""What the tests of holding a lock share: stores that fail or hang, and waiting for others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from joblock import (
+    OwnedJobLock,
+)
+from tests.support import (
+    RecordingStore,
+)
+
+MINUTE = 60_000
+HOUR = 60 * MINUTE
+LEASE = MINUTE - 1  # as the holder counts it: the record's clock may have dropped a millisecond
+
+
+def poll(condition: Callable[[], object]) -> None:
+    """Wait for what a thread is about to do."""
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.001)
+
+
+def renewing_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("joblock")]
+
+
+def levels(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.levelname for record in caplog.records if record.name == "joblock"]
+
+
+class FlakyStore(RecordingStore):
+    """Each write of a renewal first does what `script` says next, if it says anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.script: list[Callable[[], object]] = []
+        self.before["set_if_match"] = self.next
+
+    def next(self) -> None:
+        if self.script:
+            self.script.pop(0)()
+
+
+def store_that_hangs() -> tuple[FlakyStore, threading.Event, threading.Event]:
+    """In the first renewal: from the first event on, until the second."""
+    store = FlakyStore()
+    hanging, answer = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hanging.set()
+        answer.wait(30)
+
+    store.script = [hang]
+    return store, hanging, answer
+
+
+def fail() -> None:
+    raise ConnectionError("https://store.example/?signature=secret")
+
+
+def until_renewed(lock: OwnedJobLock) -> None:
+    first = lock.record
+    poll(lambda: lock.record != first)
+
+
+def until_lost(lock: OwnedJobLock) -> None:
+    poll(lambda: lock.lost)
+
+
+OFTEN: dict[str, Any] = {"ttl_ms": 10 * MINUTE, "renew_every_ms": 2}
+BRIEF: dict[str, Any] = {"ttl_ms": 300, "renew_every_ms": 10}

@@ -1,0 +1,400 @@
+"""`joblock.aio.hold_job_lock`: what only the async one meets, whose lock a task renews."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+import joblock
+from joblock import (
+    JobLockLostError,
+    MemoryBlobStore,
+    acquire_job_lock,
+    aio,
+)
+from tests.holding import (
+    BRIEF,
+    OFTEN,
+    levels,
+    store_that_hangs,
+    until_lost,
+    until_renewed,
+)
+from tests.support import (
+    KEY,
+    UID,
+    VAULT,
+    AsyncConditionalView,
+    async_view,
+    await_now,
+)
+
+
+class AsyncFlaky(AsyncConditionalView):
+    """An async store whose renewals or releases wait for an event of the test."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryBlobStore())
+        self.called = asyncio.Event()
+        self.answer = asyncio.Event()
+        self.hanging = ""
+
+    async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        await self._hang("renewal")
+        return await super().set_if_match(key, value, etag)
+
+    async def delete_if_match(self, key: str, etag: str) -> bool:
+        await self._hang("release")
+        return await super().delete_if_match(key, etag)
+
+    async def _hang(self, what: str) -> None:
+        if what == self.hanging:
+            self.called.set()
+            await self.answer.wait()
+
+    async def is_free(self) -> bool:
+        return await self.get(KEY) is None
+
+
+def run(main: Callable[[AsyncFlaky], Awaitable[None]]) -> None:
+    async def with_a_store() -> None:
+        await main(AsyncFlaky())
+
+    asyncio.run(with_a_store())
+
+
+def only_this_task() -> bool:
+    return asyncio.all_tasks() == {asyncio.current_task()}
+
+
+class TestATask:
+    """What only the async one meets."""
+
+    def test_a_task_that_is_cancelled_is_told(self, caplog: pytest.LogCaptureFixture) -> None:
+        """By a body that cancels all that it finds; leaving releases all the same."""
+
+        async def main(store: AsyncFlaky) -> None:
+            async with aio.hold_job_lock(store, UID, VAULT):
+                await asyncio.sleep(0)
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+                await asyncio.sleep(0.01)
+                assert levels(caplog) == ["ERROR"]
+                assert "does not renew" in caplog.text
+            assert await store.is_free()
+
+        run(main)
+
+    def test_a_store_that_does_not_heed_cancellation(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Leaving ends shortly after the deadline, and says that the store did not answer."""
+
+        async def main(store: AsyncFlaky) -> None:
+            heedless = asyncio.Event()
+
+            async def set_if_match(key: str, value: str, etag: str) -> str | None:
+                store.called.set()
+                while not heedless.is_set():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await heedless.wait()
+                return None
+
+            store.set_if_match = set_if_match  # type: ignore[method-assign]
+
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT, **BRIEF):
+                    await asyncio.sleep(0.4)
+
+            with pytest.raises(JobLockLostError, match="lease_expired"):
+                await job()
+            heedless.set()
+
+        run(main)
+        assert "ERROR" in levels(caplog)
+
+    def test_a_cancelled_body_releases(self) -> None:
+        """And the cancellation goes through."""
+
+        async def main(store: AsyncFlaky) -> None:
+            entered = asyncio.Event()
+
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    entered.set()
+                    await asyncio.Event().wait()
+
+            task = asyncio.create_task(job())
+            await entered.wait()
+            task.cancel("stop")
+            with pytest.raises(asyncio.CancelledError, match="stop"):
+                await task
+            assert await store.is_free()
+            assert only_this_task()
+
+        run(main)
+
+    @pytest.mark.parametrize("times", [1, 2, 3])
+    @pytest.mark.parametrize("hanging", ["release", "renewal"])
+    def test_a_body_that_is_cancelled_while_leaving(self, times: int, hanging: str) -> None:
+        """However often: the store answers first, then the cancellation goes on."""
+
+        async def main(store: AsyncFlaky) -> None:
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT, **OFTEN):
+                    store.hanging = hanging
+                    if hanging == "renewal":
+                        await store.called.wait()
+
+            task = asyncio.create_task(job())
+            await store.called.wait()
+            for _ in range(times):
+                await asyncio.sleep(0.001)
+                task.cancel()
+            await asyncio.sleep(0.001)
+            assert not task.done()
+            store.answer.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert task.cancelling() == times
+            assert await store.is_free()
+            assert only_this_task()
+
+        run(main)
+
+    def test_a_cancelled_body_whose_lock_was_lost(self) -> None:
+        """The cancellation carries the note."""
+
+        async def main(store: AsyncFlaky) -> None:
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    await store.delete(KEY)
+                    raise asyncio.CancelledError
+
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await job()
+            assert "lock_already_gone" in caught.value.__notes__[0]
+
+        run(main)
+
+    def test_a_loss_that_is_found_while_a_cancellation_waits(self) -> None:
+        """The body had ended normally, but the cancellation comes first and carries the note."""
+
+        async def main(store: AsyncFlaky) -> None:
+            store.hanging = "release"
+
+            async def job() -> list[str]:
+                try:
+                    async with aio.hold_job_lock(store, UID, VAULT):
+                        pass
+                except asyncio.CancelledError as error:
+                    return error.__notes__
+                return []
+
+            task = asyncio.create_task(job())
+            await store.called.wait()
+            task.cancel()
+            await store.delete(KEY)
+            store.answer.set()
+            (note,) = await task
+            assert "lock_already_gone" in note
+
+        run(main)
+
+    def test_a_cancellation_comes_before_what_the_body_raised(self) -> None:
+        """It is what goes on, so it carries the note of the loss."""
+
+        async def main(store: AsyncFlaky) -> None:
+            store.hanging = "release"
+
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    raise ValueError
+
+            task = asyncio.create_task(job())
+            await store.called.wait()
+            task.cancel()
+            await store.delete(KEY)
+            store.answer.set()
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await task
+            assert "lock_already_gone" in caught.value.__notes__[0]
+
+        run(main)
+
+    def test_without_asyncio(self) -> None:
+        """Found out before the lock is taken: nobody could renew it."""
+        store = MemoryBlobStore()
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            await_now(aio.hold_job_lock(async_view(store), UID, VAULT).__aenter__())
+        assert list(store) == []
+
+    def test_a_task_that_always_dies(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Here of a logger's filter: leaving gives up instead of trying for ever."""
+        died: list[asyncio.Future[None]] = []
+
+        def broken(record: logging.LogRecord) -> bool:
+            task = asyncio.current_task()
+            assert task is not None
+            died.append(task)
+            raise RuntimeError("a bug")
+
+        async def main(store: AsyncFlaky) -> None:
+            assert acquire_job_lock(store.conditional, UID, VAULT, ttl_ms=1, clock=lambda: 0)
+            async with aio.hold_job_lock(store, UID, VAULT, ttl_ms=3000):
+                logger.addFilter(broken)
+                await asyncio.sleep(0)
+                await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+
+        logger = logging.getLogger("joblock")
+        try:
+            with pytest.raises(RuntimeError, match="a bug"):
+                run(main)
+        finally:
+            logger.removeFilter(broken)
+        assert 1 < len({id(task) for task in died}) < 10
+        for task in died:
+            if task.done():
+                task.exception()
+
+    def test_an_event_loop_that_shuts_down(self) -> None:
+        """`asyncio.run` cancels every task at once, the renewing one too: still released."""
+        store = MemoryBlobStore()
+
+        async def job(entered: asyncio.Event) -> None:
+            async with aio.hold_job_lock(async_view(store), UID, VAULT):
+                entered.set()
+                await asyncio.Event().wait()
+
+        async def main() -> asyncio.Task[None]:
+            entered = asyncio.Event()
+            task = asyncio.create_task(job(entered))
+            await entered.wait()
+            assert list(store) == [KEY]
+            return task
+
+        assert asyncio.run(main()).cancelled()
+        assert list(store) == []
+
+    def test_a_hanging_renewal(self, caplog: pytest.LogCaptureFixture) -> None:
+        """The loss is noticed while it hangs; leaving cancels it."""
+
+        async def main(store: AsyncFlaky) -> None:
+            store.hanging = "renewal"
+            with pytest.raises(JobLockLostError, match="lease_expired"):
+                async with aio.hold_job_lock(store, UID, VAULT, **BRIEF) as lock:
+                    await asyncio.to_thread(until_lost, lock)
+            assert only_this_task()
+
+        run(main)
+        assert levels(caplog) == ["ERROR"]
+
+    @pytest.mark.parametrize("hanging", ["release", "renewal"])
+    def test_a_body_that_ends_while_the_store_hangs(
+        self, hanging: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Leaving waits for the deadline and no longer; the job was done in time."""
+
+        async def main(store: AsyncFlaky) -> None:
+            store.hanging = hanging
+            async with aio.hold_job_lock(
+                store, UID, VAULT, ttl_ms=500, renew_every_ms=1 if hanging == "renewal" else 498
+            ) as lock:
+                if hanging == "renewal":
+                    await store.called.wait()
+            assert not lock.lost
+            assert only_this_task()
+            assert not await store.is_free()
+
+        run(main)
+        assert levels(caplog) == ["WARNING"]
+        assert "could not release" in caplog.text
+
+    def test_a_renewal_in_a_thread_does_not_undo_the_release(self) -> None:
+        """Cancelled at the deadline, it goes on in its thread, where its etag is refused."""
+        store, hanging, answer = store_that_hangs()
+
+        async def main() -> None:
+            threaded = aio.ThreadedBlobStore(store)
+            async with aio.hold_job_lock(threaded, UID, VAULT, ttl_ms=500, renew_every_ms=1):
+                await asyncio.to_thread(hanging.wait, 30)
+            joblock.release_job_lock(store, UID, VAULT)
+            answer.set()
+
+        asyncio.run(main())
+        assert list(store) == []
+
+    def test_in_a_task_group(self) -> None:
+        """A sibling that fails cancels the job, whose lock is released."""
+
+        async def main(store: AsyncFlaky) -> None:
+            entered = asyncio.Event()
+
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT, **OFTEN) as lock:
+                    await asyncio.to_thread(until_renewed, lock)
+                    entered.set()
+                    await asyncio.Event().wait()
+
+            async def sibling() -> None:
+                await entered.wait()
+                raise ValueError
+
+            async def both() -> None:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(job())
+                    group.create_task(sibling())
+
+            with pytest.raises(ExceptionGroup):
+                await both()
+            assert await store.is_free()
+
+        run(main)
+
+    def test_with_a_timeout(self) -> None:
+        """`asyncio.timeout` around the block works as ever."""
+
+        async def main(store: AsyncFlaky) -> None:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01), aio.hold_job_lock(store, UID, VAULT):
+                    await asyncio.Event().wait()
+            assert await store.is_free()
+
+        run(main)
+
+    def test_in_an_async_generator_that_nobody_closes(self) -> None:
+        """The event loop does, after it has cancelled the renewing task: still released."""
+        store = MemoryBlobStore()
+
+        async def steps() -> AsyncIterator[int]:
+            async with aio.hold_job_lock(async_view(store), UID, VAULT):
+                yield 1
+                yield 2
+
+        generator = steps()
+
+        async def main() -> None:
+            assert await anext(generator) == 1
+            assert list(store) == [KEY]
+
+        asyncio.run(main())
+        assert list(store) == []
+
+    def test_a_lock_that_is_forgotten(self) -> None:
+        """Its task stops as the thread does."""
+
+        async def main(store: AsyncFlaky) -> None:
+            hold = aio.hold_job_lock(store, UID, VAULT, **OFTEN)
+            await hold.__aenter__()
+            del hold
+            gc.collect()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.wait_for(asyncio.gather(*others), 30)
+            assert await store.is_free()
+
+        run(main)
