@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
-from joblock import (
-    OwnedJobLock,
-)
-from tests.support import (
-    RecordingStore,
-)
+from joblock import BlobStore, OwnedJobLock, _protocol
+from joblock._lease import Keeper
+from joblock._record import epoch_ms
+from tests.support import UID, VAULT, RecordingStore, async_view
 
 MINUTE = 60_000
 HOUR = 60 * MINUTE
@@ -78,3 +78,16 @@ def until_lost(lock: OwnedJobLock) -> None:
 
 OFTEN: dict[str, Any] = {"ttl_ms": 10 * MINUTE, "renew_every_ms": 2}
 BRIEF: dict[str, Any] = {"ttl_ms": 300, "renew_every_ms": 10}
+
+
+def make_keeper(store: BlobStore, **keywords: Any) -> Keeper:
+    """What `hold_job_lock` makes of its arguments."""
+    ids = {"canister_uid": UID, "vault_id": VAULT}
+    described = dict.fromkeys(("actor_uid", "chunks_to_embed", "estimated_seconds", "reason"))
+    ttl_ms, clock = keywords.pop("ttl_ms", MINUTE), keywords.pop("clock", epoch_ms)
+    times = {"ttl_ms": ttl_ms, "clock": clock}
+    take = partial(
+        _protocol.acquire, async_view(store), **ids, **described, **times, clock_skew_ms=0
+    )
+    made: dict[str, Any] = {"uuid_factory": uuid.uuid4, "renew_every_ms": None, **keywords}
+    return Keeper(async_view(store), **ids, take=take, **times, **made)

@@ -1,18 +1,25 @@
-"""Holding a lock while a block runs: a thread renews it, and releases it on the way out."""
+"""Holding a lock while a block runs: a thread renews it, and releases it on the way out.
+
+Any line of entering and leaving may be the last: a signal handler may raise anywhere in the main
+thread. So what the two threads tell each other is told by C-level locks, which are taken or not,
+and each wait has an end; entering takes back what it has written; and leaving, once interrupted,
+is done again from its first line, which is safe.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from types import TracebackType
-from typing import Any
+from types import MethodType, TracebackType
 
 from . import _protocol
-from ._lease import Keeper, Once, begin
+from ._lease import Keeper, Once, WayOut, over
 from ._locks import run, view
 from ._protocol import JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, epoch_ms
@@ -74,7 +81,7 @@ def hold_job_lock(
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
-) -> _Hold:
+) -> AbstractContextManager[OwnedJobLock]:
     """Hold the lock of `(canister_uid, vault_id)` for as long as the `with` block runs.
 
     Entering acquires, with `acquire_job_lock`'s keywords, and gives a `OwnedJobLock`. A daemon
@@ -109,19 +116,27 @@ def hold_job_lock(
             than a millisecond. Nothing was written.
         Exception: what the store raised on entering, as `acquire_job_lock`.
     """
+    blocking = view(store, _protocol.HOLD_NEEDS)
     return _Hold(
-        partial(
-            begin,
-            view(store, _protocol.HOLD_NEEDS),
+        Keeper(
+            blocking,
             canister_uid,
             vault_id,
-            renew_every_ms=renew_every_ms,
-            actor_uid=actor_uid,
-            chunks_to_embed=chunks_to_embed,
-            estimated_seconds=estimated_seconds,
-            reason=reason,
+            take=partial(
+                _protocol.acquire,
+                blocking,
+                canister_uid,
+                vault_id,
+                actor_uid=actor_uid,
+                chunks_to_embed=chunks_to_embed,
+                estimated_seconds=estimated_seconds,
+                reason=reason,
+                ttl_ms=ttl_ms,
+                clock_skew_ms=clock_skew_ms,
+                clock=clock,
+            ),
             ttl_ms=ttl_ms,
-            clock_skew_ms=clock_skew_ms,
+            renew_every_ms=renew_every_ms,
             clock=clock,
             uuid_factory=uuid_factory,
         )
@@ -129,76 +144,90 @@ def hold_job_lock(
 
 
 class _Hold:
-    def __init__(self, begin: Callable[[], Coroutine[Any, Any, Keeper]]) -> None:
-        self._begin = begin
+    way_out: weakref.ref[MethodType] | None = None
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self._enter = Once()
+        # Both are locked until they are to tell something: of the block's end, of the thread's.
+        self._ended = threading.Lock()
+        self._kept = threading.Lock()
+        self._started = False
 
     def __enter__(self) -> OwnedJobLock:
         self._enter()
-        self._keeper = run(self._begin())
-        self._lock = lock = OwnedJobLock(self._keeper)
-        self._ended, self._kept = threading.Event(), threading.Event()
-        self._keep = partial(_keep, self._keeper, weakref.ref(lock), self._ended, self._kept)
+        self._ended.acquire()
+        self._kept.acquire()
+        self._lock = OwnedJobLock(self._keeper)
         self._thread = threading.Thread(
-            target=self._keep, name=f"joblock {self._keeper.key}", daemon=True
+            target=contextvars.copy_context().run,
+            args=(_keep, self._keeper, over(self._lock, self.way_out), self._ended, self._kept),
+            name=f"joblock {self._keeper.key}",
+            daemon=True,
         )
         try:
+            run(self._keeper.enter())
             self._thread.start()
-        except BaseException:  # no thread, no lock
-            self._ended.set()
-            self._keep()
+            self._started = True
+            return self._lock
+        except BaseException:
+            self._finish()
             raise
-        return lock
 
+    @WayOut
     def __exit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        keeper = self._keeper
-        if not keeper.end():
-            return
-        self._ended.set()
-        if self._thread is threading.current_thread():
-            return  # the block's generator was collected during a renewal, which comes first
         interrupt: BaseException | None = None
         try:
             self._finish()
         except BaseException as error:  # a signal handler's: it goes on after the release
             interrupt = error
             self._finish()
-        keeper.leave(interrupt or exc)
+        if self._keeper.forked or self._thread is threading.current_thread():
+            return  # the block's generator was collected during a renewal, which comes first
+        self._keeper.leave(interrupt or exc)
         if interrupt is not None:
             raise interrupt
 
     def _finish(self) -> None:
-        """Wait until the thread has released the lock; release it here if it cannot."""
+        """Have the thread release the lock, and wait for it; release it here if it cannot."""
         keeper = self._keeper
-        if not sys.is_finalizing():  # then daemon threads run no more, and never end
-            # Not `join`: in Python 3.11 and 3.12 a thread is over once a join is interrupted.
-            if not self._kept.wait(_waitable(keeper.left_s())):
+        if keeper.forked:
+            return
+        keeper.end()
+        if self._ended.locked():
+            self._ended.release()
+        if self._thread is threading.current_thread():
+            return
+        if self._started and not sys.is_finalizing():  # then daemon threads run no more
+            # Not `join` alone: in Python 3.11 and 3.12 a thread is over once a join is interrupted.
+            left_s = _waitable(keeper.left_s())
+            if not keeper.kept and not self._kept.acquire(timeout=left_s):
                 return
-            self._thread.join()
-        if not keeper.finished:
-            self._keep()
+            self._thread.join(_waitable(keeper.left_s()))
+        run(keeper.finish())
 
 
 def _keep(
     keeper: Keeper,
-    holder: weakref.ref[object],
-    ended: threading.Event,
-    kept: threading.Event,
+    is_over: Callable[[], bool],
+    ended: threading.Lock,
+    kept: threading.Lock,
 ) -> None:
-    async def wait(seconds: float) -> bool:
-        return ended.wait(_waitable(seconds))
+    async def wait(seconds: float) -> None:
+        ended.acquire(timeout=_waitable(seconds))
 
     try:
-        run(keeper.keep(holder, wait))
+        run(keeper.keep(is_over, wait))
     except BaseException as error:  # a thread would drop a SystemExit without a word
         keeper.died(error)
     finally:
-        kept.set()
+        keeper.kept = True
+        kept.release()
 
 
 def _waitable(seconds: float) -> float:

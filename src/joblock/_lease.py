@@ -2,6 +2,21 @@
 
 `Lease` has the rules: it is given times and results, and does no I/O. `Keeper` carries them out,
 for the thread of `_hold` as for the task of `joblock.aio`: there is neither of them here.
+
+A keeper's life:
+
+    new -- enter --> waiting <--> renewing
+                     |                   |
+                     | end()             | the store says so, or the deadline has passed
+                     v                   v
+                   ended                lost      nothing is renewed or released any more
+                     | finish
+                     v
+                  released            or logged: the release was tried, the lease will expire
+
+- died: the thread or the task of the keeper ended otherwise. Leaving then releases; until then
+  nothing is renewed, so the lease may be lost.
+- forked: in a child process everything is left as it is. The lock is the parent's.
 """
 
 from __future__ import annotations
@@ -14,11 +29,12 @@ import uuid
 import weakref
 from collections.abc import Callable, Coroutine
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from . import _protocol
-from ._errors import JobLockHeldError, JobLockLostError, LossReason
-from ._ids import job_lock_key
+from ._errors import JobLockError, JobLockHeldError, JobLockLostError, LossReason
+from ._ids import job_lock_key, new_job_id
 from ._record import JobLockRecord, as_number
 from ._results import Acquired, Held, Lost, Renewed
 from ._store import AsyncBlobStore
@@ -41,14 +57,20 @@ _LOST_EARLY_MS = 1
 class Lease:
     """When to renew, how soon to retry, and whether the lock is lost.
 
-    Times are milliseconds of one monotonic clock. The rules:
+    Times are milliseconds of one monotonic clock; `wall` is what the caller's own clock says. The
+    rules:
 
     - A deadline counts from before the write that set it, so it passes here no later than it does
       for whoever reads the record.
     - A renewal is due `renew_every_ms` after the last one that succeeded. One that fails is
       retried several times within that interval, and before the deadline.
     - The lock is lost when a renewal or the release finds that it is, and when the deadline
-      passes before the body has ended. What is lost stays lost.
+      passes before the body has ended, by the monotonic clock or by the caller's own: if that
+      was set forward, others on this host may take the lock over. What is lost stays lost.
+
+    `record`, `etag`, `deadline` and `failure` are written by the thread or task that renews, and
+    read by those that ask. `_loss` and `_ended` may be written by any of them: each is one value,
+    written once.
     """
 
     def __init__(
@@ -58,18 +80,16 @@ class Lease:
         self.took_over: JobLockRecord | None = acquired.took_over
         self.record: JobLockRecord = acquired.record
         self.etag: str | None = acquired.etag
-        self.ttl_ms: float = ttl_ms
         self.failure: BaseException | None = None
+        self._ttl_ms = ttl_ms
         self._renew_every_ms = renew_every_ms
-        self._retry_every_ms = min(renew_every_ms, self.ttl_ms - renew_every_ms) / 4
+        self._retry_every_ms = min(renew_every_ms, ttl_ms - renew_every_ms) / 4
         self._loss: tuple[LossReason, JobLockRecord | None] | None = None
         self._ended = False
         self._granted(begun)
 
     def _granted(self, begun: float) -> None:
-        # A deadline that no number can hold is null in the record, which nobody honours.
-        ttl_ms = 0 if self.record.expires_at is None else self.ttl_ms
-        self.deadline: float = begun + ttl_ms - _LOST_EARLY_MS
+        self.deadline: float = begun + self._ttl_ms - _LOST_EARLY_MS
         self._due = begun + self._renew_every_ms
 
     def wait_ms(self, now: float) -> float:
@@ -94,13 +114,14 @@ class Lease:
         """Take in that the lock is not this job's any more."""
         self._loss = (reason, current)
 
-    def end(self, now: float) -> None:
+    def end(self, now: float, wall: float | None) -> None:
         """Take in that the body has ended: a deadline that passes later does not matter."""
-        self._ended = self.loss(now) is None
+        self._ended = self.loss(now, wall) is None
 
-    def loss(self, now: float) -> JobLockLostError | None:
+    def loss(self, now: float, wall: float | None = None) -> JobLockLostError | None:
         """Return the error that tells of the loss, or None; notice a deadline that has passed."""
-        if self._loss is None and not self._ended and now >= self.deadline:
+        expired = now >= self.deadline or (wall is not None and not self.record.is_live(wall))
+        if self._loss is None and not self._ended and expired:
             self.lose("lease_expired", None)
         if self._loss is None:
             return None
@@ -110,66 +131,127 @@ class Lease:
 
 
 class Keeper:
-    """Carries out a lease's rules on a store and logs what happens, for a thread or for a task.
+    """Takes a lock, carries out its lease's rules on a store, and logs what happens.
 
-    Of a store's error only the type is logged: its text may have a signed URL or a token. The
-    error itself is the cause of the `JobLockLostError` that it leads to.
+    Of a remote store's error only the type and the status are logged: its text may have a signed
+    URL or a token. The error itself is the cause of the `JobLockLostError` that it leads to.
+
+    Who writes what, and who reads it: `lease` is written once, by `enter`. `ended` is written by
+    whoever leaves, and read by the thread or task that renews; `kept` the other way round, when
+    that thread ends. `_tried` is written by whoever
+    releases, and read by whoever leaves. `_releasing` is locked while someone does, for the one
+    case in which two may: a thread whose start was interrupted may run all the same.
     """
+
+    lease: Lease
 
     def __init__(
         self,
         store: AsyncBlobStore,
         canister_uid: str,
         vault_id: str,
-        lease: Lease,
         *,
+        take: Callable[..., Coroutine[Any, Any, Acquired | Held]],
+        ttl_ms: float,
+        renew_every_ms: float | None,
         clock: Callable[[], float],
-        now: Callable[[], float],
+        uuid_factory: Callable[[], uuid.UUID | str],
+        now: Callable[[], float] = monotonic_ms,
     ) -> None:
         import logging  # here, not above: `import joblock` shall stay quick
 
+        lease_ms = _protocol.lease_ms(ttl_ms)
+        every_ms = lease_ms / 3 if renew_every_ms is None else as_number(renew_every_ms)
+        if every_ms is None or not 0 < every_ms < lease_ms - _LOST_EARLY_MS:
+            raise ValueError(
+                f"renew_every_ms must be more than 0 and less than the TTL of {lease_ms} ms "
+                f"by more than {_LOST_EARLY_MS} ms, not {renew_every_ms!r}"
+            )
         self.key: str = job_lock_key(canister_uid, vault_id)
-        self.lease: Lease = lease
+        self.ended: bool = False
+        self.kept: bool = False
         self._store = store
         self._ids = (canister_uid, vault_id)
+        self._take = take
+        self._ttl_ms = lease_ms
+        self._renew_every_ms = every_ms
         self._clock = clock
+        self._uuid_factory = uuid_factory
         self._now = now
         self._log = logging.getLogger("joblock")
         self._loss_unlogged = threading.Lock()
-        self._release_tried = False
+        self._releasing = threading.Lock()
+        self._job_id: str | None = None
+        self._entered = False
+        self._tried = False
         self._process = os.getpid()
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process that has the lock."""
+        return os.getpid() != self._process
+
+    async def enter(self) -> None:
+        """Take the lock, or raise `JobLockHeldError`."""
+        self._process = os.getpid()
+        begun = self._now()
+        try:
+            taken = await self._take(uuid_factory=self._new_job_id)
+            if isinstance(taken, Held):
+                raise JobLockHeldError(taken.existing)
+            self.lease = Lease(
+                taken, begun=begun, ttl_ms=self._ttl_ms, renew_every_ms=self._renew_every_ms
+            )
+            self._entered = True
+        except JobLockError:  # refused: nothing was written
+            self._job_id = None
+            raise
+        except BaseException:  # the store's, or a signal handler's: it may have been
+            await self.finish()
+            raise
+
+    def _new_job_id(self) -> str:
+        self._job_id = new_job_id(self._uuid_factory)
+        return self._job_id
+
     def loss(self) -> JobLockLostError | None:
-        """The lease's loss; logged once, by whoever notices it first."""
-        loss = self.lease.loss(self._now())
+        """The lease's loss, also by the caller's clock; logged once, by whoever notices first."""
+        return self._logged(self.lease.loss(self._now(), self._wall()))
+
+    def _lost(self) -> bool:
+        """Whether it is lost for certain: where only the caller's clock says so, it is renewed."""
+        return self._entered and self._logged(self.lease.loss(self._now())) is not None
+
+    def _logged(self, loss: JobLockLostError | None) -> JobLockLostError | None:
         if loss is not None and self._loss_unlogged.acquire(blocking=False):
             self._log.error("%s (%r)", loss, self.key)
         return loss
 
-    async def keep(
-        self,
-        holder: weakref.ref[object],
-        wait: Callable[[float], Coroutine[Any, Any, bool]],
-    ) -> None:
-        """Renew until the body has ended, or nobody has its lock any more; then release.
+    def _wall(self) -> float | None:
+        try:
+            return as_number(self._clock())
+        except Exception:  # it tells nothing; the next renewal fails with it, and says so
+            return None
 
-        `wait` waits for so many seconds or for the end of the body, and says whether that came.
+    async def keep(
+        self, left: Callable[[], bool], wait: Callable[[float], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Renew until the body has ended or the lock is lost; release what is not lost.
+
+        `wait` waits for so many seconds, or for the end of the body. `left` says that the body is
+        over without a word. To run this again, after it was interrupted, is safe: each step asks
+        for the state first, and a release of what is released does nothing.
         """
-        if self.lease.took_over is not None:
-            self._log.warning(
-                "job %r took over %r from job %r, whose lease expired",
-                self.lease.job_id,
-                self.key,
-                self.lease.took_over.job_id,
-            )
-        while self.loss() is None:
-            ended = await wait(self.lease.wait_ms(self._now()) / 1000)
-            if os.getpid() != self._process or self.loss() is not None:
+        while not self._lost():
+            if not self.ended:
+                await wait(self.lease.wait_ms(self._now()) / 1000)
+            if self.forked or self._lost():
                 return
-            if ended or holder() is None:
-                await self._release()
+            if self.ended or left():
+                await self.finish()
                 return
             await self._renew()
+            self.loss()  # it is renewed, or it could not be: now the caller's clock counts, too
 
     async def _renew(self) -> None:
         begun = self._now()
@@ -178,10 +260,11 @@ class Keeper:
                 self._store,
                 *self._ids,
                 expected_job_id=self.lease.job_id,
-                ttl_ms=self.lease.ttl_ms,
+                ttl_ms=self._ttl_ms,
                 clock=self._clock,
                 etag=self.lease.etag,
                 record=self.lease.record,
+                run=self.lease.record,
             )
         except Exception as error:
             now = self._now()
@@ -190,114 +273,109 @@ class Keeper:
                 "job %r could not renew %r: %s; %d ms of its lease are left",
                 self.lease.job_id,
                 self.key,
-                _type_of(error),
+                _told(error),
                 self.lease.deadline - now,
             )
         else:
             self.lease.answered(result, begun, self._now())
 
-    async def _release(self) -> None:
+    async def finish(self) -> None:
+        """Release the lock, unless that was tried, or it is lost, or was never asked for."""
+        if self.finished or not self._releasing.acquire(blocking=False):
+            return
         try:
-            released = await _protocol.release(
-                self._store, *self._ids, expected_job_id=self.lease.job_id, etag=self.lease.etag
-            )
-        except BaseException as error:
-            self._release_tried = True
-            self._log_unreleased(_type_of(error))
-            if not isinstance(error, Exception):
-                raise
-        else:
-            if released.reason is not None:
-                self.lease.lose(released.reason, None)
-            self._release_tried = True
+            await self._release()
+        except Exception as error:
+            log_unreleased(self._job_id, self.key, error)
+        finally:
+            self._releasing.release()
+        self._tried = True
+
+    async def _release(self) -> None:
+        if not self._entered:  # entering failed, perhaps after its write
+            if self._job_id is not None:
+                await _protocol.release(
+                    self._store, *self._ids, expected_job_id=self._job_id, etag=None
+                )
+            return
+        released = await _protocol.release(
+            self._store,
+            *self._ids,
+            expected_job_id=self.lease.job_id,
+            etag=self.lease.etag,
+            run=self.lease.record,
+        )
+        if released.reason is not None:
+            self.lease.lose(released.reason, None)
 
     def died(self, error: BaseException) -> None:
         """Take in that the thread or task ended otherwise than by its own rules."""
         self.lease.failure = error
         self._log.error(
-            "job %r does not renew %r any more: %s", self.lease.job_id, self.key, _type_of(error)
+            "job %r does not renew %r any more: %s", self.lease.job_id, self.key, _told(error)
         )
 
-    def end(self) -> bool:
-        """The body has ended. False in a forked child: the lock is its parent's."""
-        if os.getpid() != self._process:
-            return False
-        self.lease.end(self._now())
-        return True
+    def end(self) -> None:
+        """Take in that the body has ended, whether it was entered or not."""
+        if self._entered:
+            self.lease.end(self._now(), self._wall())
+        self.ended = True
 
     def left_s(self) -> float:
         """For how many seconds leaving may wait for the store: as long as the lease runs."""
-        return max(0, self.lease.deadline - self._now()) / 1000
+        return 0 if self.loss() else max(0, self.lease.deadline - self._now()) / 1000
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing to do any more: the release was tried, or the lock is lost."""
-        return self._release_tried or self.loss() is not None
+        return self._tried or (self._entered and self.loss() is not None)
 
-    def leave(self, error: BaseException | None) -> None:
-        """Tell of a loss, in an error or in a note to the `error` that the body raised."""
-        if not self.finished:
-            self._log_unreleased("no answer from the store")
+    def leave(self, error: BaseException | None, *, going_on: bool = False) -> None:
+        """Tell of a loss, in an error or in a note to the `error` that the body raised.
+
+        `going_on` says that nobody waits for the release any more, which still goes on.
+        """
+        if not (self.finished or going_on):
+            log_unreleased(self._job_id, self.key, "no answer from the store")
         loss = self.loss()
         if loss is not None and error is None:
             raise loss
         if loss is not None and error is not None:
             error.add_note(str(loss))
 
-    def _log_unreleased(self, why: str) -> None:
-        self._log.warning(
-            "job %r ended, but could not release %r: %s; the lease will expire",
-            self.lease.job_id,
-            self.key,
-            why,
-        )
 
+def log_unreleased(job_id: str | None, key: str, why: BaseException | str) -> None:
+    """Log that a lock stays until its lease ends, since the release failed or had no answer."""
+    import logging  # here, not above: `import joblock` shall stay quick
 
-def _type_of(error: BaseException) -> str:
-    return f"{type(error).__module__}.{type(error).__qualname__}"
-
-
-async def begin(
-    store: AsyncBlobStore,
-    canister_uid: str,
-    vault_id: str,
-    *,
-    renew_every_ms: float | None,
-    actor_uid: str | None,
-    chunks_to_embed: float | None,
-    estimated_seconds: float | None,
-    reason: str | None,
-    ttl_ms: float,
-    clock_skew_ms: float,
-    clock: Callable[[], float],
-    uuid_factory: Callable[[], uuid.UUID | str],
-) -> Keeper:
-    """Acquire the lock that is to be kept, or raise `JobLockHeldError`."""
-    lease_ms = _protocol.lease_ms(ttl_ms)
-    every_ms = lease_ms / 3 if renew_every_ms is None else as_number(renew_every_ms)
-    if every_ms is None or not 0 < every_ms < lease_ms - _LOST_EARLY_MS:
-        raise ValueError(
-            f"renew_every_ms must be more than 0 and less than the TTL of {lease_ms} ms "
-            f"by more than {_LOST_EARLY_MS} ms, not {renew_every_ms!r}"
-        )
-    begun = monotonic_ms()
-    acquired = await _protocol.acquire(
-        store,
-        canister_uid,
-        vault_id,
-        actor_uid=actor_uid,
-        chunks_to_embed=chunks_to_embed,
-        estimated_seconds=estimated_seconds,
-        reason=reason,
-        ttl_ms=ttl_ms,
-        clock_skew_ms=clock_skew_ms,
-        clock=clock,
-        uuid_factory=uuid_factory,
+    logging.getLogger("joblock").warning(
+        "job %r could not release %r: %s; the lease will expire",
+        job_id,
+        key,
+        why if isinstance(why, str) else _told(why),
     )
-    if isinstance(acquired, Held):
-        raise JobLockHeldError(acquired.existing)
-    lease = Lease(acquired, begun=begun, ttl_ms=lease_ms, renew_every_ms=every_ms)
-    return Keeper(store, canister_uid, vault_id, lease, clock=clock, now=monotonic_ms)
+
+
+def _told(error: BaseException) -> str:
+    """What a log may say of an error: its type, and what is known to hold no secret."""
+    kind = type(error)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__ == "sqlite3":
+        return f"{name}: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{name}: {error.strerror}"
+    status = _status(error)
+    return name if status is None else f"{name}: status {status}"
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status under the names that Netlify's, Azure's, Google's and boto3's errors have."""
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata") if isinstance(response, dict) else None
+    told = [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    if isinstance(metadata, dict):
+        told.append(metadata.get("HTTPStatusCode"))
+    return next((int(status) for status in told if isinstance(status, int)), None)
 
 
 class Once:
@@ -310,3 +388,36 @@ class Once:
         """Raise RuntimeError unless this is the first call."""
         if not self._done.acquire(blocking=False):
             raise RuntimeError("this hold has been entered: call hold_job_lock for another block")
+
+
+class WayOut:
+    """`__exit__` or `__aexit__`, bound so that one can see when its with statement is over.
+
+    A with statement looks up its way out before it enters, and has it until it is over, whatever
+    ends it. So when what this has bound is gone, the block is over, also where a signal handler
+    raised before the first line of `__exit__`, or at the last of `__enter__`. Whoever keeps the
+    exception keeps the hold and its lock by the traceback, but not this.
+
+    What enters by hand, as `contextlib.ExitStack`, asks the class: then nothing is known of that.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __get__(self, hold: Any, owner: type) -> Callable[..., Any]:
+        if hold is None:
+            return self._function
+        bound = MethodType(self._function, hold)
+        hold.way_out = weakref.ref(bound)
+        return bound
+
+
+def over(lock: object, way_out: weakref.ref[MethodType] | None) -> Callable[[], bool]:
+    """Return what says whether a block is over without a word: its lock forgotten, or left."""
+    remembered = weakref.ref(lock)
+    seen = way_out is not None and way_out() is not None
+
+    def is_over() -> bool:
+        return remembered() is None or (seen and way_out is not None and way_out() is None)
+
+    return is_over

@@ -111,6 +111,7 @@ async def release(
     *,
     expected_job_id: str | None,
     etag: str | None,
+    run: JobLockRecord | None = None,
 ) -> ReleaseResult:
     key = job_lock_key(canister_uid, vault_id)
     _check_etag(etag)
@@ -122,7 +123,7 @@ async def release(
     check_text("expected_job_id", expected_job_id)
 
     if not is_conditional(store):
-        owned = _owned(await _read_plain(store, key), expected_job_id)
+        owned = _owned(await _read_plain(store, key), expected_job_id, run)
         if isinstance(owned, Lost):
             return ReleaseResult(released=False, reason=owned.reason)
         await store.delete(key)
@@ -130,7 +131,7 @@ async def release(
 
     for _ in range(ROUNDS):
         if etag is None:
-            read = await _read_owned(store, key, expected_job_id)
+            read = await _read_owned(store, key, expected_job_id, run)
             if isinstance(read, Lost):
                 return ReleaseResult(released=False, reason=read.reason)
             _, etag = read
@@ -157,6 +158,7 @@ async def renew(
     clock: Callable[[], float],
     etag: str | None,
     record: JobLockRecord | None,
+    run: JobLockRecord | None = None,
 ) -> Renewed | Lost:
     key = job_lock_key(canister_uid, vault_id)
     check_text("expected_job_id", expected_job_id)
@@ -165,12 +167,16 @@ async def renew(
         raise InvalidIdError("record", f"is job {record.job_id!r}'s, not {expected_job_id!r}'s")
 
     def renewed(owned: JobLockRecord) -> JobLockRecord:
-        return owned.__replace__(expires_at=_deadline(_now(clock), ttl_ms))
+        expires_at = _deadline(_now(clock), ttl_ms)
+        # Not back: the clock may have been set back, and others count on what they have read.
+        if expires_at is not None and owned.is_live(expires_at):
+            return owned
+        return owned.__replace__(expires_at=expires_at)
 
     if not is_conditional(store):
         # The original has no renewal to be true to: here a failed read is not a lost lock.
         current = JobLockRecord.from_json(await store.get(key))
-        owned = _owned(current, expected_job_id)
+        owned = _owned(current, expected_job_id, run)
         if isinstance(owned, Lost):
             return owned
         record = renewed(owned)
@@ -179,7 +185,7 @@ async def renew(
 
     for _ in range(ROUNDS):
         if etag is None or record is None:
-            read = await _read_owned(store, key, expected_job_id)
+            read = await _read_owned(store, key, expected_job_id, run)
             if isinstance(read, Lost):
                 return read
             record, etag = read
@@ -201,19 +207,22 @@ async def _read_plain(store: AsyncBlobStore, key: str) -> JobLockRecord | None:
 
 
 async def _read_owned(
-    store: AsyncConditionalBlobStore, key: str, job_id: str
+    store: AsyncConditionalBlobStore, key: str, job_id: str, run: JobLockRecord | None
 ) -> tuple[JobLockRecord, str] | Lost:
     blob = await store.get_with_etag(key)
     if blob is None:
         return Lost("lock_already_gone", None)
-    owned = _owned(JobLockRecord.from_json(blob.value), job_id)
+    owned = _owned(JobLockRecord.from_json(blob.value), job_id, run)
     return owned if isinstance(owned, Lost) else (owned, blob.etag)
 
 
-def _owned(current: JobLockRecord | None, job_id: str) -> JobLockRecord | Lost:
+def _owned(
+    current: JobLockRecord | None, job_id: str, run: JobLockRecord | None
+) -> JobLockRecord | Lost:
+    """What is there, if it is this job's and, where its `run` is known, that run's."""
     if current is None:
         return Lost("lock_already_gone", None)
-    if current.job_id != job_id:
+    if current.job_id != job_id or (run is not None and current.started_at != run.started_at):
         return Lost("lock_owned_by_other_job", current)
     return current
 

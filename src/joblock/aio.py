@@ -1,24 +1,30 @@
 """joblock for async stores: the same names, to be awaited.
 
-The functions use no event loop of their own, so they run under asyncio, trio or any other;
-`hold_job_lock` and `ThreadedBlobStore` are for asyncio.
+The functions run under asyncio, trio or any other event loop; `hold_job_lock` and
+`ThreadedBlobStore` are for asyncio, and so is what `acquire_job_lock` does when it is cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import inspect
+import os
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from functools import partial
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
-from . import _protocol
+from . import _ids, _protocol
 from ._hold import OwnedJobLock
-from ._lease import Keeper, Once, begin
+from ._ids import job_lock_key
+from ._lease import Keeper, Once, WayOut, log_unreleased, over
+from ._locks import run, view
 from ._protocol import JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
@@ -63,13 +69,28 @@ async def acquire_job_lock(
 ) -> Acquired | Held:
     """As `joblock.acquire_job_lock`, on an async store.
 
-    A call that is cancelled may have taken the lock, as one whose write raised.
+    Under asyncio, a call that is cancelled leaves no lock behind: its write is awaited, then the
+    lock is released, and the cancellation goes on. If it is cancelled again and again, or the
+    store takes longer than 10 seconds, that goes on in the background. Elsewhere a call that is
+    cancelled may have taken the lock, as one whose write raised.
     """
-    _require_async(store, _protocol.ACQUIRE_NEEDS)
-    return await _protocol.acquire(
-        store,
-        canister_uid,
-        vault_id,
+    drawn: list[str] = []
+
+    def new_job_id() -> str:
+        drawn.append(_ids.new_job_id(uuid_factory))
+        return drawn[0]
+
+    async def undo() -> None:
+        for job_id in drawn:
+            try:
+                await release_job_lock(store, canister_uid, vault_id, expected_job_id=job_id)
+            except Exception as error:
+                log_unreleased(job_id, job_lock_key(canister_uid, vault_id), error)
+
+    acquire = partial(
+        _protocol.acquire,
+        canister_uid=canister_uid,
+        vault_id=vault_id,
         actor_uid=actor_uid,
         chunks_to_embed=chunks_to_embed,
         estimated_seconds=estimated_seconds,
@@ -77,8 +98,9 @@ async def acquire_job_lock(
         ttl_ms=ttl_ms,
         clock_skew_ms=clock_skew_ms,
         clock=clock,
-        uuid_factory=uuid_factory,
+        uuid_factory=new_job_id,
     )
+    return await _undone_if_cancelled(_call(store, _protocol.ACQUIRE_NEEDS, acquire), undo)
 
 
 async def release_job_lock(
@@ -93,18 +115,22 @@ async def release_job_lock(
 
     A call that is cancelled may have removed the lock; releasing the same job id again is safe.
     """
-    _require_async(store, _protocol.release_needs(expected_job_id))
-    return await _protocol.release(
-        store, canister_uid, vault_id, expected_job_id=expected_job_id, etag=etag
+    release = partial(
+        _protocol.release,
+        canister_uid=canister_uid,
+        vault_id=vault_id,
+        expected_job_id=expected_job_id,
+        etag=etag,
     )
+    return await _call(store, _protocol.release_needs(expected_job_id), release)
 
 
 async def peek_job_lock(
     store: AsyncBlobStore, canister_uid: str, vault_id: str
 ) -> JobLockRecord | None:
     """As `joblock.peek_job_lock`, on an async store."""
-    _require_async(store, _protocol.PEEK_NEEDS)
-    return await _protocol.peek(store, canister_uid, vault_id)
+    peek = partial(_protocol.peek, canister_uid=canister_uid, vault_id=vault_id)
+    return await _call(store, _protocol.PEEK_NEEDS, peek)
 
 
 async def renew_job_lock(
@@ -122,17 +148,17 @@ async def renew_job_lock(
 
     After a call that is cancelled the lock has its old or its new deadline; count on the old one.
     """
-    _require_async(store, _protocol.RENEW_NEEDS)
-    return await _protocol.renew(
-        store,
-        canister_uid,
-        vault_id,
+    renew = partial(
+        _protocol.renew,
+        canister_uid=canister_uid,
+        vault_id=vault_id,
         expected_job_id=expected_job_id,
         ttl_ms=ttl_ms,
         clock=clock,
         etag=etag,
         record=record,
     )
+    return await _call(store, _protocol.RENEW_NEEDS, renew)
 
 
 def hold_job_lock(
@@ -149,7 +175,7 @@ def hold_job_lock(
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
-) -> _Hold:
+) -> AbstractAsyncContextManager[OwnedJobLock]:
     """As `joblock.hold_job_lock`, on an async store, for `async with` under asyncio.
 
     A task renews the lock. A block that is cancelled releases it like any other, and so does one
@@ -159,94 +185,194 @@ def hold_job_lock(
     """
     _require_async(store, _protocol.HOLD_NEEDS)
     return _Hold(
-        partial(
-            begin,
+        Keeper(
             store,
             canister_uid,
             vault_id,
-            renew_every_ms=renew_every_ms,
-            actor_uid=actor_uid,
-            chunks_to_embed=chunks_to_embed,
-            estimated_seconds=estimated_seconds,
-            reason=reason,
+            take=partial(
+                _protocol.acquire,
+                store,
+                canister_uid,
+                vault_id,
+                actor_uid=actor_uid,
+                chunks_to_embed=chunks_to_embed,
+                estimated_seconds=estimated_seconds,
+                reason=reason,
+                ttl_ms=ttl_ms,
+                clock_skew_ms=clock_skew_ms,
+                clock=clock,
+            ),
             ttl_ms=ttl_ms,
-            clock_skew_ms=clock_skew_ms,
+            renew_every_ms=renew_every_ms,
             clock=clock,
             uuid_factory=uuid_factory,
         )
     )
 
 
+async def _call(
+    store: AsyncBlobStore,
+    needed: tuple[str, ...],
+    function: Callable[[AsyncBlobStore], Coroutine[Any, Any, _T]],
+) -> _T:
+    if isinstance(store, ThreadedBlobStore):  # the whole of it in one thread, not verb by verb
+        shown = view(store._store, needed)
+        return await store._threads.run(lambda: run(function(shown)))
+    _require_async(store, needed)
+    return await function(store)
+
+
+_UNDO_S = 10.0  # for a store that does not answer
 _CANCELLING_S = 1.0  # for a store that does not heed it
-_RESTARTS = 3  # an event loop that shuts down cancels every task once
+# One more than the cancellations that are waited through. An event loop that shuts down cancels
+# every task once. anyio cancels what it has cancelled in each turn of the loop again, until it
+# ends: who waited on would keep the loop busy.
+_PATIENCE = 4
+
+_background: set[asyncio.Task[Any]] = set()  # the event loop itself keeps only weak references
+
+
+def _in_background(work: Coroutine[Any, Any, _T], name: str | None = None) -> asyncio.Task[_T]:
+    task = asyncio.create_task(work, name=name)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    return task
+
+
+async def _undone_if_cancelled(
+    work: Coroutine[Any, Any, _T], undo: Callable[[], Coroutine[Any, Any, object]]
+) -> _T:
+    """Return what `work` returns; if that is cancelled, undo it once it has ended, and go on."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # trio's or another: there is no way to outlive a cancellation
+        return await work
+    task = _in_background(work)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        await _patiently(_in_background(_undo(task, undo)), _UNDO_S)
+        raise
+    return task.result()
+
+
+async def _undo(work: asyncio.Task[Any], undo: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    for _ in range(_PATIENCE):
+        with contextlib.suppress(asyncio.CancelledError):  # an event loop that shuts down
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.exception()  # or asyncio complains that nobody looked
+            await undo()
+            return
+
+
+async def _patiently(task: asyncio.Task[Any], seconds: float) -> asyncio.CancelledError | None:
+    """Wait so long for the task, also through a few cancellations; return the last of them."""
+    cancelled: asyncio.CancelledError | None = None
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    for _ in range(_PATIENCE):
+        try:
+            await asyncio.wait({task}, timeout=max(0, until - loop.time()))
+            break
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
 
 
 class _Hold:
-    def __init__(self, begin: Callable[[], Coroutine[Any, Any, Keeper]]) -> None:
-        self._begin = begin
+    way_out: weakref.ref[MethodType] | None = None
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self._enter = Once()
+        self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> OwnedJobLock:
-        asyncio.get_running_loop()  # no asyncio, no lock
+        self._loop = asyncio.get_running_loop()  # no asyncio, no lock
         self._enter()
-        self._keeper = await self._begin()
-        self._lock = OwnedJobLock(self._keeper)
         self._ended = asyncio.Event()
-        self._task = self._start()
-        return self._lock
+        self._lock = OwnedJobLock(self._keeper)
+        self._is_over = over(self._lock, self.way_out)
+        await _undone_if_cancelled(self._keeper.enter(), self._keeper.finish)
+        try:
+            self._task = self._start()
+            return self._lock
+        except BaseException:
+            await self._finish()
+            raise
 
-    def _start(self) -> asyncio.Task[None]:
-        return asyncio.create_task(
-            _keep(self._keeper, weakref.ref(self._lock), self._ended),
-            name=f"joblock {self._keeper.key}",
-        )
-
+    @WayOut
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        keeper = self._keeper
-        if not keeper.end():
+        if self._keeper.forked:
             return
-        self._ended.set()
-        cancelled: asyncio.CancelledError | None = None  # it goes on below, after the release
-        restarts = 0
-        while (left_s := keeper.left_s()) > 0 and not (self._task.done() and keeper.finished):
-            if self._task.done():
-                if restarts == _RESTARTS:
-                    break
-                restarts += 1
-                self._task = self._start()
-            cancelled = await self._wait(left_s) or cancelled
-        if not self._task.done():
-            self._task.cancel()
-            cancelled = await self._wait(_CANCELLING_S) or cancelled
-        keeper.leave(cancelled or exc)
-        if cancelled is not None:
-            raise cancelled
-
-    async def _wait(self, seconds: float) -> asyncio.CancelledError | None:
-        """Wait so long for the task; return what cancels the waiting, if anything does."""
+        if asyncio.get_running_loop() is not self._loop:
+            await self._leave_elsewhere(exc)
+            return
+        interrupt: BaseException | None = None
         try:
-            await asyncio.wait({self._task}, timeout=seconds)
-        except asyncio.CancelledError as error:
-            return error
-        return None
+            interrupt = await self._finish()
+        except BaseException as error:  # a signal handler's: it goes on after the release
+            interrupt = error
+            await self._finish()
+        going_on = self._task is not None and not self._task.done()
+        self._keeper.leave(interrupt or exc, going_on=going_on)
+        if interrupt is not None:
+            raise interrupt
+
+    def _start(self) -> asyncio.Task[None]:
+        work = _keep(self._keeper, self._is_over, self._ended)
+        return _in_background(work, f"joblock {self._keeper.key}")
+
+    async def _finish(self) -> asyncio.CancelledError | None:
+        """Have the task release the lock, and wait for it; return what cancels the waiting."""
+        keeper = self._keeper
+        keeper.end()
+        self._ended.set()
+        cancelled: asyncio.CancelledError | None = None
+        for _ in range(_PATIENCE):
+            if self._task is None or (self._task.done() and not keeper.finished):
+                self._task = self._start()
+            cancelled = await _patiently(self._task, keeper.left_s()) or cancelled
+            if keeper.finished or not self._task.done():
+                break
+        if self._task is not None and not self._task.done() and keeper.left_s() == 0:
+            self._task.cancel()
+            cancelled = await _patiently(self._task, _CANCELLING_S) or cancelled
+        return cancelled
+
+    async def _leave_elsewhere(self, exc: BaseException | None) -> None:
+        """In another event loop there is no task to wait for: release, and say what is wrong."""
+        keeper = self._keeper
+        keeper.end()
+        await keeper.finish()
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._ended.set)
+        wrong = (
+            f"the hold of {keeper.key!r} was entered in one event loop and left in another: "
+            "its lock was not renewed since the first one stopped, and was released from here"
+        )
+        keeper.leave(exc)
+        if exc is None:
+            raise RuntimeError(wrong)
+        exc.add_note(wrong)
 
 
-async def _keep(keeper: Keeper, holder: weakref.ref[object], ended: asyncio.Event) -> None:
-    async def wait(seconds: float) -> bool:
+async def _keep(keeper: Keeper, is_over: Callable[[], bool], ended: asyncio.Event) -> None:
+    async def wait(seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await ended.wait()
-        return ended.is_set()
 
     try:
-        await keeper.keep(holder, wait)
+        await keeper.keep(is_over, wait)
     except asyncio.CancelledError as error:
-        if not ended.is_set():
+        if not keeper.ended:
             keeper.died(error)
         raise
     except Exception as error:
@@ -254,45 +380,86 @@ async def _keep(keeper: Keeper, holder: weakref.ref[object], ended: asyncio.Even
 
 
 class ThreadedBlobStore:
-    """An async store that calls a blocking one in asyncio's worker threads.
+    """An async store that calls a blocking one in worker threads, under asyncio.
 
     It has the conditional methods if `store` has them. `store` must be safe to use from any
     thread. A call that is cancelled goes on in its thread: its write may still take effect, and
-    may do so after whatever its caller does next.
+    may do so after whatever its caller does next. Each function of `joblock.aio` is one call in
+    one thread; it runs in a copy of the caller's context variables.
+
+    The threads, 32 at most, are its own: jobs that fill asyncio's default executor do not keep a
+    renewal waiting. They start when they are needed, and end with the store, with `close()`, or
+    with the process, which waits for calls that are under way. In a child after fork there are
+    new ones. `executor` is for threads of your own, which you close.
     """
 
-    def __init__(self, store: BlobStore) -> None:
+    def __init__(self, store: BlobStore, *, executor: Executor | None = None) -> None:
         methods = _methods(store, ("get", "set", "delete"))
         if any(inspect.iscoroutinefunction(getattr(store, name)) for name in methods):
             raise WrongStoreError(f"{type(store).__name__} is async already: use it as it is")
         self._store = store
+        self._threads = threads = _Threads(executor)
+        self._get = threads.calling(store.get)
+        self._set = threads.calling(store.set)
+        self._delete = threads.calling(store.delete)
         if is_conditional(store):
-            self.get_with_etag: _Async[[str], Blob | None] = _in_thread(store.get_with_etag)
-            self.set_if_new: _Async[[str, str], str | None] = _in_thread(store.set_if_new)
-            self.set_if_match: _Async[[str, str, str], str | None] = _in_thread(store.set_if_match)
-            self.delete_if_match: _Async[[str, str], bool] = _in_thread(store.delete_if_match)
+            self.get_with_etag: _Async[[str], Blob | None] = threads.calling(store.get_with_etag)
+            self.set_if_new: _Async[[str, str], str | None] = threads.calling(store.set_if_new)
+            self.set_if_match: _Async[[str, str, str], str | None] = threads.calling(
+                store.set_if_match
+            )
+            self.delete_if_match: _Async[[str, str], bool] = threads.calling(store.delete_if_match)
 
     def __repr__(self) -> str:
         return f"ThreadedBlobStore({self._store!r})"
 
+    def close(self) -> None:
+        """End its threads once the calls under way have ended; a later call starts new ones."""
+        self._threads.close()
+
     async def get(self, key: str) -> str | bytes | None:
         """As `BlobStore.get`."""
-        return await _in_thread(self._store.get)(key)
+        return await self._get(key)
 
     async def set(self, key: str, value: str) -> None:
         """As `BlobStore.set`."""
-        await _in_thread(self._store.set)(key, value)
+        await self._set(key, value)
 
     async def delete(self, key: str) -> None:
         """As `BlobStore.delete`."""
-        await _in_thread(self._store.delete)(key)
+        await self._delete(key)
 
 
-def _in_thread(method: Callable[_P, _T]) -> _Async[_P, _T]:
-    async def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return blocking(await asyncio.to_thread(method, *args, **kwargs))
+class _Threads:
+    """The worker threads of one `ThreadedBlobStore`."""
 
-    return call
+    def __init__(self, given: Executor | None) -> None:
+        self._given = given
+        self._own: ThreadPoolExecutor | None = None
+        self._pid = os.getpid()
+
+    async def run(self, function: Callable[[], _T]) -> _T:
+        work = partial(contextvars.copy_context().run, function)
+        return await asyncio.get_running_loop().run_in_executor(self._executor(), work)
+
+    def calling(self, method: Callable[_P, _T]) -> _Async[_P, _T]:
+        async def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            return blocking(await self.run(partial(method, *args, **kwargs)))
+
+        return call
+
+    def close(self) -> None:
+        own, self._own = self._own, None
+        if own is not None:
+            own.shutdown(wait=False)
+
+    def _executor(self) -> Executor:
+        if self._given is not None:
+            return self._given
+        if self._own is None or self._pid != os.getpid():  # a fork takes no threads along
+            self._own = ThreadPoolExecutor(32, thread_name_prefix="joblock store")
+            self._pid = os.getpid()
+        return self._own
 
 
 def _methods(store: BlobStore | AsyncBlobStore, needed: tuple[str, ...]) -> tuple[str, ...]:

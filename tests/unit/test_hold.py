@@ -15,7 +15,6 @@ import pytest
 
 import joblock
 from joblock import (
-    BlobStore,
     JobLockHeldError,
     JobLockLostError,
     MemoryBlobStore,
@@ -26,16 +25,15 @@ from joblock import (
     peek_job_lock,
 )
 from joblock import _hold as hold_module
-from joblock._lease import Keeper, Lease, monotonic_ms
-from joblock._record import epoch_ms
+from joblock._lease import monotonic_ms
 from tests.holding import (
     BRIEF,
     HOUR,
-    MINUTE,
     OFTEN,
     FlakyStore,
     fail,
     levels,
+    make_keeper,
     poll,
     until_lost,
     until_renewed,
@@ -299,29 +297,18 @@ class TestHolding:
         poll(lambda: list(store) == [])
 
 
-def inherited(store: BlobStore) -> Keeper:
-    """What keeps a lock, as a forked child finds it: its parent's."""
-    won = acquired(acquire_job_lock(store, UID, VAULT))
-    lease = Lease(won, begun=monotonic_ms(), ttl_ms=MINUTE, renew_every_ms=2)
-    keeper = Keeper(async_view(store), UID, VAULT, lease, clock=epoch_ms, now=monotonic_ms)
-    keeper._process = os.getppid()
-    return keeper
-
-
 def test_a_block_that_another_process_entered_is_left_as_it_is() -> None:
     """Nothing is released and nothing is raised; tests/integration has real forks."""
     store = MemoryBlobStore()
-
-    async def begin() -> Keeper:
-        return inherited(store)
-
-    with hold_module._Hold(begin):
-        pass
+    keeper = make_keeper(store, renew_every_ms=2)
+    with hold_module._Hold(keeper):
+        keeper._process = os.getppid()
     assert list(store) == [KEY]
 
     async def main() -> None:
-        async with aio._Hold(begin):
-            pass
+        keeper = make_keeper(store, renew_every_ms=2)
+        async with aio._Hold(keeper):
+            keeper._process = os.getppid()
         assert list(store) == [KEY]
 
     store.delete(KEY)

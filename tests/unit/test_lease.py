@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +17,7 @@ from joblock import (
     acquire_job_lock,
     peek_job_lock,
 )
-from joblock._lease import Keeper, Lease
+from joblock._lease import Lease
 from tests.holding import (
     HOUR,
     LEASE,
@@ -26,6 +25,7 @@ from tests.holding import (
     FlakyStore,
     fail,
     levels,
+    make_keeper,
 )
 from tests.support import (
     KEY,
@@ -35,7 +35,6 @@ from tests.support import (
     PlainStore,
     RecordingStore,
     acquired,
-    async_view,
     await_now,
 )
 
@@ -49,18 +48,15 @@ class Simulation:
     def __init__(self, store: BlobStore, renew_every_ms: float = MINUTE / 3) -> None:
         self.store = store
         self.clock = Clock()
-        won = acquired(acquire_job_lock(store, UID, VAULT, ttl_ms=MINUTE, clock=self.clock))
-        self.lease = Lease(
-            won, begun=self.monotonic(), ttl_ms=MINUTE, renew_every_ms=renew_every_ms
-        )
-        self.keeper = Keeper(
-            async_view(store),
-            UID,
-            VAULT,
-            self.lease,
+        self.keeper = make_keeper(
+            store,
+            ttl_ms=MINUTE,
+            renew_every_ms=renew_every_ms,
             clock=self.clock,
             now=self.monotonic,
         )
+        await_now(self.keeper.enter())
+        self.lease = self.keeper.lease
         self.lock = OwnedJobLock(self.keeper)
         self.pass_time: Callable[[float], None] = self.clock.tick
 
@@ -71,14 +67,12 @@ class Simulation:
         """Run a job that lasts so long, and leave."""
         end = self.clock.now + duration_ms
 
-        async def wait(seconds: float) -> bool:
+        async def wait(seconds: float) -> None:
             self.pass_time(max(0, min(seconds * 1000, end - self.clock.now)))
-            if self.clock.now < end:
-                return False
-            self.keeper.end()
-            return True
+            if self.clock.now >= end:
+                self.keeper.end()
 
-        await_now(self.keeper.keep(weakref.ref(self.lock), wait))
+        await_now(self.keeper.keep(lambda: False, wait))
         if self.clock.now < end:  # lost: the body goes on regardless
             self.pass_time(end - self.clock.now)
             self.keeper.end()
