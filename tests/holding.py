@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from joblock import BlobStore, OwnedJobLock, _protocol
+from joblock import BlobStore, JobLockRecord, OwnedJobLock, _protocol
 from joblock._lease import Keeper
 from joblock._record import epoch_ms
 from tests.support import UID, VAULT, RecordingStore, async_view
@@ -82,12 +82,21 @@ BRIEF: dict[str, Any] = {"ttl_ms": 300, "renew_every_ms": 10}
 
 def make_keeper(store: BlobStore, **keywords: Any) -> Keeper:
     """What `hold_job_lock` makes of its arguments."""
-    ids = {"canister_uid": UID, "vault_id": VAULT}
-    described = dict.fromkeys(("actor_uid", "chunks_to_embed", "estimated_seconds", "reason"))
-    ttl_ms, clock = keywords.pop("ttl_ms", MINUTE), keywords.pop("clock", epoch_ms)
-    times = {"ttl_ms": ttl_ms, "clock": clock}
+    made: dict[str, Any] = {
+        "ttl_ms": MINUTE,
+        "clock": epoch_ms,
+        "uuid_factory": uuid.uuid4,
+        "renew_every_ms": None,
+    } | keywords
     take = partial(
-        _protocol.acquire, async_view(store), **ids, **described, **times, clock_skew_ms=0
+        _protocol.acquire,
+        async_view(store),
+        UID,
+        VAULT,
+        described=JobLockRecord(None, UID, VAULT),
+        ttl_ms=made["ttl_ms"],
+        clock=made["clock"],
+        clock_skew_ms=0,
+        id_is_new=True,
     )
-    made: dict[str, Any] = {"uuid_factory": uuid.uuid4, "renew_every_ms": None, **keywords}
-    return Keeper(async_view(store), **ids, take=take, **times, **made)
+    return Keeper(async_view(store), UID, VAULT, take=take, **made)

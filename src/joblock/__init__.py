@@ -10,9 +10,11 @@ from ._errors import (
     JobLockError,
     JobLockHeldError,
     JobLockLostError,
+    JobLockWarning,
     LossReason,
     StoreContentionError,
 )
+from ._given import Duration
 from ._hold import OwnedJobLock, hold_job_lock
 from ._ids import job_lock_key
 from ._locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
@@ -41,12 +43,14 @@ __all__ = [
     "Blob",
     "BlobStore",
     "ConditionalBlobStore",
+    "Duration",
     "Held",
     "InvalidIdError",
     "JobLockError",
     "JobLockHeldError",
     "JobLockLostError",
     "JobLockRecord",
+    "JobLockWarning",
     "JsonValue",
     "LossReason",
     "Lost",

@@ -5,15 +5,22 @@ What a store raises is not here: it reaches the caller unchanged.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from ._record import JobLockRecord
+from ._record import JobLockRecord, utc
 
 LossReason: TypeAlias = Literal["lock_owned_by_other_job", "lock_already_gone", "lease_expired"]
 
 
 class JobLockError(Exception):
     """The base of every error that joblock itself raises."""
+
+
+class JobLockWarning(UserWarning):
+    """An argument was not what it must be, and something else was taken, as the text says.
+
+    The lock is taken all the same: the JavaScript original takes these silently.
+    """
 
 
 class InvalidIdError(JobLockError, TypeError, ValueError):
@@ -48,20 +55,33 @@ class StoreContentionError(JobLockError):
 
 
 class JobLockHeldError(JobLockError):
-    """`hold_job_lock` found a live lock; `existing` is its record.
+    """Another job has the lock, which is live; `existing` is its record.
+
+    `now_ms` is the reading of the clock by which it is live, and `clock_skew_ms` what was given.
 
     The lock: untouched, another job's. Retry once that job has ended or its lease has expired:
-    for HTTP, `Held(error.existing).retry_after_s()`.
+    for HTTP, `retry_after_s()`.
     """
 
-    def __init__(self, existing: JobLockRecord) -> None:
-        super().__init__(existing)
+    def __init__(
+        self, existing: JobLockRecord, now_ms: float | None = None, clock_skew_ms: float = 0
+    ) -> None:
+        super().__init__(existing, now_ms, clock_skew_ms)
         self.existing = existing
+        self.now_ms = now_ms
+        self.clock_skew_ms = clock_skew_ms
+
+    def retry_after_s(self) -> int:
+        """Return the whole seconds, at least 1, until the lease expires, as `Held` does."""
+        return self.existing.retry_after_s(self.now_ms, clock_skew_ms=self.clock_skew_ms)
 
     def __str__(self) -> str:
-        lock = f"{self.existing.canister_uid!r} / {self.existing.vault_id!r}"
-        until = f"{self.existing.expires_at} (epoch milliseconds)"
-        return f"job {self.existing.job_id!r} holds the lock of {lock} until {until}"
+        held: Any = self.existing
+        if not isinstance(held, JobLockRecord):  # some result backends keep errors as JSON
+            return f"the lock is held: {held}"
+        lock = f"{held.canister_uid!r} / {held.vault_id!r}"
+        until = f"{utc(held.expires_at)} ({held.expires_at} epoch milliseconds)"
+        return f"job {held.job_id!r} holds the lock of {lock} until {until}"
 
 
 class JobLockLostError(JobLockError):

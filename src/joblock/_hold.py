@@ -19,7 +19,8 @@ from functools import partial
 from types import MethodType, TracebackType
 
 from . import _protocol
-from ._lease import Keeper, Once, WayOut, over
+from ._given import Duration, described, strict_ttl
+from ._lease import Keeper, Once, over, way_out
 from ._locks import run, view
 from ._protocol import JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, epoch_ms
@@ -77,7 +78,7 @@ def hold_job_lock(
     chunks_to_embed: float | None = None,
     estimated_seconds: float | None = None,
     reason: str | None = None,
-    ttl_ms: float = JOB_LOCK_TTL_MS,
+    ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
@@ -127,15 +128,20 @@ def hold_job_lock(
                 blocking,
                 canister_uid,
                 vault_id,
-                actor_uid=actor_uid,
-                chunks_to_embed=chunks_to_embed,
-                estimated_seconds=estimated_seconds,
-                reason=reason,
-                ttl_ms=ttl_ms,
+                described=described(
+                    canister_uid,
+                    vault_id,
+                    actor_uid=actor_uid,
+                    chunks_to_embed=chunks_to_embed,
+                    estimated_seconds=estimated_seconds,
+                    reason=reason,
+                ),
+                ttl_ms=strict_ttl(ttl_ms),
                 clock_skew_ms=clock_skew_ms,
                 clock=clock,
+                id_is_new=uuid_factory is uuid.uuid4,
             ),
-            ttl_ms=ttl_ms,
+            ttl_ms=strict_ttl(ttl_ms),
             renew_every_ms=renew_every_ms,
             clock=clock,
             uuid_factory=uuid_factory,
@@ -144,7 +150,7 @@ def hold_job_lock(
 
 
 class _Hold:
-    way_out: weakref.ref[MethodType] | None = None
+    bound_way_out: weakref.ref[MethodType] | None = None
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
@@ -161,7 +167,13 @@ class _Hold:
         self._lock = OwnedJobLock(self._keeper)
         self._thread = threading.Thread(
             target=contextvars.copy_context().run,
-            args=(_keep, self._keeper, over(self._lock, self.way_out), self._ended, self._kept),
+            args=(
+                _keep,
+                self._keeper,
+                over(self._lock, self.bound_way_out),
+                self._ended,
+                self._kept,
+            ),
             name=f"joblock {self._keeper.key}",
             daemon=True,
         )
@@ -174,7 +186,7 @@ class _Hold:
             self._finish()
             raise
 
-    @WayOut
+    @way_out
     def __exit__(
         self,
         exc_type: type[BaseException] | None,

@@ -21,6 +21,7 @@ A keeper's life:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -32,8 +33,9 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-from . import _protocol
+from . import _log, _protocol
 from ._errors import JobLockError, JobLockHeldError, JobLockLostError, LossReason
+from ._given import milliseconds
 from ._ids import job_lock_key, new_job_id
 from ._record import JobLockRecord, as_number
 from ._results import Acquired, Held, Lost, Renewed
@@ -158,13 +160,12 @@ class Keeper:
         uuid_factory: Callable[[], uuid.UUID | str],
         now: Callable[[], float] = monotonic_ms,
     ) -> None:
-        import logging  # here, not above: `import joblock` shall stay quick
-
-        lease_ms = _protocol.lease_ms(ttl_ms)
-        every_ms = lease_ms / 3 if renew_every_ms is None else as_number(renew_every_ms)
-        if every_ms is None or not 0 < every_ms < lease_ms - _LOST_EARLY_MS:
+        every_ms = ttl_ms / 3 if renew_every_ms is None else milliseconds(renew_every_ms)
+        if every_ms is None or not every_ms < ttl_ms - _LOST_EARLY_MS:
+            if renew_every_ms is None:
+                raise ValueError(f"ttl_ms is too short to be renewed: {ttl_ms}")
             raise ValueError(
-                f"renew_every_ms must be more than 0 and less than the TTL of {lease_ms} ms "
+                f"renew_every_ms must be more than 0 and less than the TTL of {ttl_ms} ms "
                 f"by more than {_LOST_EARLY_MS} ms, not {renew_every_ms!r}"
             )
         self.key: str = job_lock_key(canister_uid, vault_id)
@@ -173,12 +174,11 @@ class Keeper:
         self._store = store
         self._ids = (canister_uid, vault_id)
         self._take = take
-        self._ttl_ms = lease_ms
+        self._ttl_ms = ttl_ms
         self._renew_every_ms = every_ms
         self._clock = clock
         self._uuid_factory = uuid_factory
         self._now = now
-        self._log = logging.getLogger("joblock")
         self._loss_unlogged = threading.Lock()
         self._releasing = threading.Lock()
         self._job_id: str | None = None
@@ -198,7 +198,7 @@ class Keeper:
         try:
             taken = await self._take(uuid_factory=self._new_job_id)
             if isinstance(taken, Held):
-                raise JobLockHeldError(taken.existing)
+                raise JobLockHeldError(taken.existing, taken.now_ms, taken.clock_skew_ms)
             self.lease = Lease(
                 taken, begun=begun, ttl_ms=self._ttl_ms, renew_every_ms=self._renew_every_ms
             )
@@ -224,7 +224,7 @@ class Keeper:
 
     def _logged(self, loss: JobLockLostError | None) -> JobLockLostError | None:
         if loss is not None and self._loss_unlogged.acquire(blocking=False):
-            self._log.error("%s (%r)", loss, self.key)
+            _log.error("%s (%r)", loss, self.key)
         return loss
 
     def _wall(self) -> float | None:
@@ -269,7 +269,7 @@ class Keeper:
         except Exception as error:
             now = self._now()
             self.lease.failed(error, now)
-            self._log.warning(
+            _log.warning(
                 "job %r could not renew %r: %s; %d ms of its lease are left",
                 self.lease.job_id,
                 self.key,
@@ -311,7 +311,7 @@ class Keeper:
     def died(self, error: BaseException) -> None:
         """Take in that the thread or task ended otherwise than by its own rules."""
         self.lease.failure = error
-        self._log.error(
+        _log.error(
             "job %r does not renew %r any more: %s", self.lease.job_id, self.key, _told(error)
         )
 
@@ -346,9 +346,7 @@ class Keeper:
 
 def log_unreleased(job_id: str | None, key: str, why: BaseException | str) -> None:
     """Log that a lock stays until its lease ends, since the release failed or had no answer."""
-    import logging  # here, not above: `import joblock` shall stay quick
-
-    logging.getLogger("joblock").warning(
+    _log.warning(
         "job %r could not release %r: %s; the lease will expire",
         job_id,
         key,
@@ -368,13 +366,11 @@ def _told(error: BaseException) -> str:
     return name if status is None else f"{name}: status {status}"
 
 
-def _status(error: BaseException) -> int | None:
+def _status(error: Any) -> int | None:
     """The HTTP status under the names that Netlify's, Azure's, Google's and boto3's errors have."""
-    response = getattr(error, "response", None)
-    metadata = response.get("ResponseMetadata") if isinstance(response, dict) else None
     told = [getattr(error, name, None) for name in ("status", "status_code", "code")]
-    if isinstance(metadata, dict):
-        told.append(metadata.get("HTTPStatusCode"))
+    with contextlib.suppress(AttributeError, LookupError, TypeError):
+        told.append(error.response["ResponseMetadata"]["HTTPStatusCode"])
     return next((int(status) for status in told if isinstance(status, int)), None)
 
 
@@ -390,17 +386,20 @@ class Once:
             raise RuntimeError("this hold has been entered: call hold_job_lock for another block")
 
 
-class WayOut:
-    """`__exit__` or `__aexit__`, bound so that one can see when its with statement is over.
+def way_out(function: Callable[..., Any]) -> Any:
+    """Decorate `__exit__` or `__aexit__`, so that one can see when its with statement is over.
 
     A with statement looks up its way out before it enters, and has it until it is over, whatever
-    ends it. So when what this has bound is gone, the block is over, also where a signal handler
+    ends it. So when what was bound for it is gone, the block is over, also where a signal handler
     raised before the first line of `__exit__`, or at the last of `__enter__`. Whoever keeps the
     exception keeps the hold and its lock by the traceback, but not this.
 
     What enters by hand, as `contextlib.ExitStack`, asks the class: then nothing is known of that.
     """
+    return _WayOut(function)
 
+
+class _WayOut:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
@@ -408,16 +407,13 @@ class WayOut:
         if hold is None:
             return self._function
         bound = MethodType(self._function, hold)
-        hold.way_out = weakref.ref(bound)
+        hold.bound_way_out = weakref.ref(bound)
         return bound
 
 
-def over(lock: object, way_out: weakref.ref[MethodType] | None) -> Callable[[], bool]:
+def over(lock: object, bound: weakref.ref[MethodType] | None) -> Callable[[], bool]:
     """Return what says whether a block is over without a word: its lock forgotten, or left."""
     remembered = weakref.ref(lock)
-    seen = way_out is not None and way_out() is not None
-
-    def is_over() -> bool:
-        return remembered() is None or (seen and way_out is not None and way_out() is None)
-
-    return is_over
+    if bound is None or bound() is None:
+        return lambda: remembered() is None
+    return lambda: remembered() is None or bound() is None

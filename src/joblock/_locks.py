@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from . import _protocol
+from ._given import Duration, described, lenient_ttl, strict_ttl
 from ._protocol import JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
@@ -37,7 +38,7 @@ def acquire_job_lock(
     chunks_to_embed: float | None = None,
     estimated_seconds: float | None = None,
     reason: str | None = None,
-    ttl_ms: float = JOB_LOCK_TTL_MS,
+    ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
@@ -70,14 +71,19 @@ def acquire_job_lock(
             view(store, _protocol.ACQUIRE_NEEDS),
             canister_uid,
             vault_id,
-            actor_uid=actor_uid,
-            chunks_to_embed=chunks_to_embed,
-            estimated_seconds=estimated_seconds,
-            reason=reason,
-            ttl_ms=ttl_ms,
+            described=described(
+                canister_uid,
+                vault_id,
+                actor_uid=actor_uid,
+                chunks_to_embed=chunks_to_embed,
+                estimated_seconds=estimated_seconds,
+                reason=reason,
+            ),
+            ttl_ms=lenient_ttl(ttl_ms, JOB_LOCK_TTL_MS),
             clock_skew_ms=clock_skew_ms,
             clock=clock,
             uuid_factory=uuid_factory,
+            id_is_new=uuid_factory is uuid.uuid4,
         )
     )
 
@@ -138,7 +144,7 @@ def renew_job_lock(
     vault_id: str,
     *,
     expected_job_id: str,
-    ttl_ms: float = JOB_LOCK_TTL_MS,
+    ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
     clock: Callable[[], float] = epoch_ms,
     etag: str | None = None,
     record: JobLockRecord | None = None,
@@ -166,7 +172,7 @@ def renew_job_lock(
             canister_uid,
             vault_id,
             expected_job_id=expected_job_id,
-            ttl_ms=ttl_ms,
+            ttl_ms=strict_ttl(ttl_ms),
             clock=clock,
             etag=etag,
             record=record,

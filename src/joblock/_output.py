@@ -9,9 +9,8 @@ import os
 import re
 import sys
 from collections.abc import Generator
-from datetime import UTC, datetime
 
-from ._record import JobLockRecord, epoch_ms
+from ._record import JobLockRecord, epoch_ms, utc
 from ._store import BlobStore
 
 UNWRITABLE = 74  # sysexits.h
@@ -60,11 +59,8 @@ def held_by(uid: str, vault: str, record: JobLockRecord) -> str:
 def _when(ms: float | None, now_ms: float) -> str:
     if ms is None:
         return "unknown"
-    try:
-        moment = datetime.fromtimestamp(ms / 1000, UTC)
-    except (OverflowError, ValueError, OSError):  # the store may hold any number
-        return f"{ms:g} ms after 1970"
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC ({_distance(ms - now_ms)})"
+    moment = utc(ms)
+    return f"{ms:g} ms after 1970" if moment is None else f"{moment} ({_distance(ms - now_ms)})"
 
 
 def _distance(ms: float) -> str:

@@ -21,7 +21,8 @@ from collections.abc import Callable
 
 from ._errors import InvalidIdError, StoreContentionError
 from ._ids import check_text, job_lock_key, new_job_id
-from ._record import JobLockRecord, as_number, as_text
+from ._log import debug, warning
+from ._record import JobLockRecord, as_number
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
 from ._store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
 
@@ -48,40 +49,30 @@ async def acquire(
     canister_uid: str,
     vault_id: str,
     *,
-    actor_uid: str | None,
-    chunks_to_embed: float | None,
-    estimated_seconds: float | None,
-    reason: str | None,
+    described: JobLockRecord,
     ttl_ms: float,
     clock_skew_ms: float,
     clock: Callable[[], float],
     uuid_factory: Callable[[], uuid.UUID | str],
+    id_is_new: bool,
 ) -> Acquired | Held:
+    """`id_is_new`: no other call can have this job id, so a record just like ours is ours."""
     key = job_lock_key(canister_uid, vault_id)
     _check_skew(clock_skew_ms)
 
     def new_record(job_id: str, now_ms: float) -> JobLockRecord:
-        return JobLockRecord(
-            job_id=job_id,
-            canister_uid=canister_uid,
-            vault_id=vault_id,
-            actor_uid=as_text(actor_uid),
-            chunks_to_embed=as_number(chunks_to_embed),
-            estimated_seconds=as_number(estimated_seconds),
-            reason=as_text(reason),
-            started_at=now_ms,
-            expires_at=_deadline(now_ms, ttl_ms),
-        )
+        expires_at = as_number(now_ms + ttl_ms)
+        return described.__replace__(job_id=job_id, started_at=now_ms, expires_at=expires_at)
 
     if not is_conditional(store):
         now_ms = _now(clock)
         current = await _read_plain(store, key)
         if current is not None and current.is_live(now_ms - clock_skew_ms):
-            return Held(current)
+            return _held(key, current, now_ms, clock_skew_ms)
         job_id = new_job_id(uuid_factory)
         record = new_record(job_id, now_ms)
         await store.set(key, record.to_json())
-        return Acquired(job_id, record, etag=None, took_over=current)
+        return _acquired(key, job_id, record, None, current)
 
     job_id = new_job_id(uuid_factory)
     blob: Blob | None = None  # the key is most likely free: then this is the only request
@@ -89,18 +80,21 @@ async def acquire(
     now_ms = _now(clock)
     for _ in range(ROUNDS):
         record = new_record(job_id, now_ms)
+        text = record.to_json()
         if blob is None:
-            etag = _etag("set_if_new", await store.set_if_new(key, record.to_json()))
+            etag = _etag("set_if_new", await store.set_if_new(key, text))
         else:
-            written = await store.set_if_match(key, record.to_json(), blob.etag)
-            etag = _etag("set_if_match", written)
+            etag = _etag("set_if_match", await store.set_if_match(key, text, blob.etag))
+        if etag is None:
+            blob = await _read(store, key)
+            if blob is not None and id_is_new and _is_text(blob.value, text):
+                etag = blob.etag  # the client repeated its request, which was refused by itself
         if etag is not None:
-            return Acquired(job_id, record, etag, took_over=current)
-        blob = await store.get_with_etag(key)
+            return _acquired(key, job_id, record, etag, current)
         current = JobLockRecord.from_json(blob.value) if blob is not None else None
         now_ms = _now(clock)
         if current is not None and current.is_live(now_ms - clock_skew_ms):
-            return Held(current)
+            return _held(key, current, now_ms, clock_skew_ms)
     raise StoreContentionError(key, ROUNDS)
 
 
@@ -119,6 +113,7 @@ async def release(
         if etag is not None:
             raise InvalidIdError("expected_job_id", "must be given with an etag")
         await store.delete(key)
+        debug("%r was removed, whoever had it", key)
         return RELEASED
     check_text("expected_job_id", expected_job_id)
 
@@ -127,16 +122,16 @@ async def release(
         if isinstance(owned, Lost):
             return ReleaseResult(released=False, reason=owned.reason)
         await store.delete(key)
-        return RELEASED
+        return _released(key, expected_job_id)
 
     for _ in range(ROUNDS):
         if etag is None:
-            read = await _read_owned(store, key, expected_job_id, run)
+            read = _owned_blob(await _read(store, key), expected_job_id, run)
             if isinstance(read, Lost):
                 return ReleaseResult(released=False, reason=read.reason)
             _, etag = read
         if _deleted(await store.delete_if_match(key, etag)):
-            return RELEASED
+            return _released(key, expected_job_id)
         etag = None
     raise StoreContentionError(key, ROUNDS)
 
@@ -145,7 +140,9 @@ async def peek(store: AsyncBlobStore, canister_uid: str, vault_id: str) -> JobLo
     key = job_lock_key(canister_uid, vault_id)
     if not is_conditional(store):
         return await _read_plain(store, key)
-    return JobLockRecord.from_json(await store.get(key))
+    value = await store.get(key)
+    _check_value(value)
+    return JobLockRecord.from_json(value)
 
 
 async def renew(
@@ -167,7 +164,7 @@ async def renew(
         raise InvalidIdError("record", f"is job {record.job_id!r}'s, not {expected_job_id!r}'s")
 
     def renewed(owned: JobLockRecord) -> JobLockRecord:
-        expires_at = _deadline(_now(clock), ttl_ms)
+        expires_at = as_number(_now(clock) + ttl_ms)
         # Not back: the clock may have been set back, and others count on what they have read.
         if expires_at is not None and owned.is_live(expires_at):
             return owned
@@ -183,14 +180,19 @@ async def renew(
         await store.set(key, record.to_json())
         return Renewed(record, etag=None)
 
+    text = ""
     for _ in range(ROUNDS):
         if etag is None or record is None:
-            read = await _read_owned(store, key, expected_job_id, run)
+            blob = await _read(store, key)
+            if blob is not None and record is not None and _is_text(blob.value, text):
+                return Renewed(record, blob.etag)  # refused by itself, as in acquire
+            read = _owned_blob(blob, expected_job_id, run)
             if isinstance(read, Lost):
                 return read
             record, etag = read
         record = renewed(record)
-        etag = _etag("set_if_match", await store.set_if_match(key, record.to_json(), etag))
+        text = record.to_json()
+        etag = _etag("set_if_match", await store.set_if_match(key, text, etag))
         if etag is not None:
             return Renewed(record, etag)
     raise StoreContentionError(key, ROUNDS)
@@ -206,10 +208,17 @@ async def _read_plain(store: AsyncBlobStore, key: str) -> JobLockRecord | None:
     return JobLockRecord.from_json(text)
 
 
-async def _read_owned(
-    store: AsyncConditionalBlobStore, key: str, job_id: str, run: JobLockRecord | None
-) -> tuple[JobLockRecord, str] | Lost:
+async def _read(store: AsyncConditionalBlobStore, key: str) -> Blob | None:
     blob = await store.get_with_etag(key)
+    if blob is not None:
+        _check_value(blob.value)
+        _etag("get_with_etag", blob.etag or False)
+    return blob
+
+
+def _owned_blob(
+    blob: Blob | None, job_id: str, run: JobLockRecord | None
+) -> tuple[JobLockRecord, str] | Lost:
     if blob is None:
         return Lost("lock_already_gone", None)
     owned = _owned(JobLockRecord.from_json(blob.value), job_id, run)
@@ -225,6 +234,40 @@ def _owned(
     if current.job_id != job_id or (run is not None and current.started_at != run.started_at):
         return Lost("lock_owned_by_other_job", current)
     return current
+
+
+def _held(key: str, existing: JobLockRecord, now_ms: float, clock_skew_ms: float) -> Held:
+    debug("%r is held by job %r", key, existing.job_id)
+    return Held(existing, now_ms, clock_skew_ms)
+
+
+def _acquired(
+    key: str, job_id: str, record: JobLockRecord, etag: str | None, took_over: JobLockRecord | None
+) -> Acquired:
+    if took_over is None:
+        debug("job %r acquired %r", job_id, key)
+    else:
+        crashed = took_over.job_id
+        warning("job %r took over %r from job %r, whose lease expired", job_id, key, crashed)
+    return Acquired(job_id, record, etag, took_over)
+
+
+def _released(key: str, job_id: str) -> ReleaseResult:
+    debug("job %r released %r", job_id, key)
+    return RELEASED
+
+
+def _check_value(value: object) -> None:
+    # On a plain store this is no record, as in the original. Here everybody would win.
+    if value is not None and not isinstance(value, (str, bytes, bytearray, memoryview)):
+        kind = type(value).__name__
+        raise WrongStoreError(
+            f"the store must return text, bytes or None for a value, not a {kind}"
+        )
+
+
+def _is_text(value: str | bytes, text: str) -> bool:
+    return (value if isinstance(value, str) else bytes(value).decode("utf-8", "replace")) == text
 
 
 def _etag(method: str, answer: object) -> str | None:
@@ -245,16 +288,6 @@ def _now(clock: Callable[[], float]) -> float:
     if now_ms is None:
         raise TypeError("clock must return epoch milliseconds, a finite number")
     return now_ms
-
-
-def lease_ms(ttl_ms: float) -> float:
-    """For how long a lease with this `ttl_ms` runs: lenient, as the original."""
-    ttl = as_number(ttl_ms)
-    return ttl if ttl is not None and ttl > 0 else JOB_LOCK_TTL_MS
-
-
-def _deadline(now_ms: float, ttl_ms: float) -> float | None:
-    return as_number(now_ms + lease_ms(ttl_ms))
 
 
 def _check_etag(etag: object) -> None:

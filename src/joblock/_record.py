@@ -86,9 +86,20 @@ class JobLockRecord(Value):
     def __hash__(self) -> int:
         return hash(self._values()[:-1])  # `extra` is a dict
 
-    def is_live(self, now_ms: float) -> bool:
-        """Whether the lease runs at `now_ms`. At `expires_at` itself it has expired."""
+    def is_live(self, now_ms: float | None = None) -> bool:
+        """Whether the lease runs at `now_ms`, by default now. At `expires_at` it has expired."""
+        now_ms = epoch_ms() if now_ms is None else now_ms
         return self.expires_at is not None and self.expires_at > now_ms
+
+    def retry_after_s(self, now_ms: float | None = None, *, clock_skew_ms: float = 0) -> int:
+        """Return the whole seconds, at least 1, until the lease expires: HTTP's `Retry-After`.
+
+        They count from `now_ms`, by default now. `clock_skew_ms` is that of the acquire, for
+        which the lease is honoured longer.
+        """
+        now_ms = epoch_ms() if now_ms is None else now_ms
+        left_ms = (self.expires_at or 0) + clock_skew_ms - now_ms
+        return max(1, math.ceil(left_ms / 1000))
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return the fields under their names on the wire, in their order there."""
@@ -143,6 +154,17 @@ class JobLockRecord(Value):
         )
 
 
+def utc(ms: object) -> str | None:
+    """Epoch milliseconds as a time that people read, or None where there is no such time."""
+    try:
+        moment = time.gmtime(ms / 1000) if isinstance(ms, (int, float)) else None
+    except (OverflowError, ValueError, OSError):  # the store may hold any number
+        return None
+    if moment is None or not 1 <= moment.tm_year <= 9999:
+        return None
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", moment)
+
+
 def as_text(value: object) -> str | None:
     """`value` if it is a string, else None."""
     return value if isinstance(value, str) else None
@@ -174,6 +196,8 @@ def _parse(text: object) -> JsonValue:
     try:
         if isinstance(text, (bytes, bytearray)):
             text = text.decode()
+        elif isinstance(text, memoryview):
+            text = text.tobytes().decode()
         if not isinstance(text, str) or _too_deep(text):
             return None
         document: JsonValue = _DECODER.decode(text)

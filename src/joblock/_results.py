@@ -6,11 +6,10 @@ reads like.
 Its annotations are no strings, so that `typing.get_type_hints` finds their names.
 """
 
-import math
 from collections.abc import Callable
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
-from ._record import JobLockRecord, epoch_ms
+from ._record import JobLockRecord
 from ._value import Value, assign
 
 NotOwned: TypeAlias = Literal["lock_owned_by_other_job", "lock_already_gone"]
@@ -49,25 +48,42 @@ class Acquired(Value):
 
 
 class Held(Value):
-    """Another job has the lock; `existing` is its record as it was read."""
+    """Another job has the lock; `existing` is its record as it was read.
 
-    __slots__ = __match_args__ = ("existing",)
+    `now_ms` is the reading of the clock by which it is live, and `clock_skew_ms` that of the
+    acquire. Two are equal if their records are.
+    """
+
+    __slots__ = ("clock_skew_ms", "existing", "now_ms")
+    __match_args__ = ("existing",)
 
     acquired: ClassVar[Literal[False]] = False
     existing: JobLockRecord
+    now_ms: float | None
+    clock_skew_ms: float
 
-    def __init__(self, existing: JobLockRecord) -> None:
+    def __init__(
+        self, existing: JobLockRecord, now_ms: float | None = None, clock_skew_ms: float = 0
+    ) -> None:
         assign(self, "existing", existing)
+        assign(self, "now_ms", now_ms)
+        assign(self, "clock_skew_ms", clock_skew_ms)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.existing, self.now_ms, self.clock_skew_ms)
 
     def retry_after_s(
-        self, clock: Callable[[], float] = epoch_ms, *, clock_skew_ms: float = 0
+        self, clock: Callable[[], float] | None = None, *, clock_skew_ms: float | None = None
     ) -> int:
         """Return the whole seconds, at least 1, until the lease expires: HTTP's `Retry-After`.
 
-        Give it the `clock_skew_ms` of the acquire, for which the lease is honoured longer.
+        They count from the acquire's own reading of its clock, and with its `clock_skew_ms`,
+        unless you give others.
         """
-        left_ms = (self.existing.expires_at or 0) + clock_skew_ms - clock()
-        return max(1, math.ceil(left_ms / 1000))
+        return self.existing.retry_after_s(
+            self.now_ms if clock is None else clock(),
+            clock_skew_ms=self.clock_skew_ms if clock_skew_ms is None else clock_skew_ms,
+        )
 
     def __bool__(self) -> Literal[False]:
         return False

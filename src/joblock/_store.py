@@ -146,9 +146,14 @@ def require(store: object, methods: tuple[str, ...]) -> None:
     )
 
 
-def blocking(
-    answer: T, instead: str = "use the functions of joblock.aio, and the store as it is"
-) -> T:
+MARK_ASYNC = (
+    "joblock.aio takes methods that are `async def`, or that are marked with "
+    "inspect.markcoroutinefunction (Python 3.12 and later)"
+)
+"""How a store says that it is async: to find out by calling it would be after its write."""
+
+
+def blocking(answer: T, instead: str = f"use the functions of joblock.aio; {MARK_ASYNC}") -> T:
     """Return the answer of a blocking store; raise TypeError if it is one to be awaited."""
     if hasattr(answer, "__await__"):
         if isinstance(answer, Coroutine):

@@ -21,15 +21,17 @@ from types import MethodType, TracebackType
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from . import _ids, _protocol
+from ._given import Duration, described, lenient_ttl, strict_ttl
 from ._hold import OwnedJobLock
 from ._ids import job_lock_key
-from ._lease import Keeper, Once, WayOut, log_unreleased, over
+from ._lease import Keeper, Once, log_unreleased, over, way_out
 from ._locks import run, view
 from ._protocol import JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
 from ._store import (
     CONDITIONAL,
+    MARK_ASYNC,
     AsyncBlobStore,
     Blob,
     BlobStore,
@@ -62,7 +64,7 @@ async def acquire_job_lock(
     chunks_to_embed: float | None = None,
     estimated_seconds: float | None = None,
     reason: str | None = None,
-    ttl_ms: float = JOB_LOCK_TTL_MS,
+    ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
@@ -91,14 +93,19 @@ async def acquire_job_lock(
         _protocol.acquire,
         canister_uid=canister_uid,
         vault_id=vault_id,
-        actor_uid=actor_uid,
-        chunks_to_embed=chunks_to_embed,
-        estimated_seconds=estimated_seconds,
-        reason=reason,
-        ttl_ms=ttl_ms,
+        described=described(
+            canister_uid,
+            vault_id,
+            actor_uid=actor_uid,
+            chunks_to_embed=chunks_to_embed,
+            estimated_seconds=estimated_seconds,
+            reason=reason,
+        ),
+        ttl_ms=lenient_ttl(ttl_ms, JOB_LOCK_TTL_MS),
         clock_skew_ms=clock_skew_ms,
         clock=clock,
         uuid_factory=new_job_id,
+        id_is_new=uuid_factory is uuid.uuid4,
     )
     return await _undone_if_cancelled(_call(store, _protocol.ACQUIRE_NEEDS, acquire), undo)
 
@@ -139,7 +146,7 @@ async def renew_job_lock(
     vault_id: str,
     *,
     expected_job_id: str,
-    ttl_ms: float = JOB_LOCK_TTL_MS,
+    ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
     clock: Callable[[], float] = epoch_ms,
     etag: str | None = None,
     record: JobLockRecord | None = None,
@@ -153,7 +160,7 @@ async def renew_job_lock(
         canister_uid=canister_uid,
         vault_id=vault_id,
         expected_job_id=expected_job_id,
-        ttl_ms=ttl_ms,
+        ttl_ms=strict_ttl(ttl_ms),
         clock=clock,
         etag=etag,
         record=record,
@@ -171,7 +178,7 @@ def hold_job_lock(
     chunks_to_embed: float | None = None,
     estimated_seconds: float | None = None,
     reason: str | None = None,
-    ttl_ms: float = JOB_LOCK_TTL_MS,
+    ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
@@ -194,15 +201,20 @@ def hold_job_lock(
                 store,
                 canister_uid,
                 vault_id,
-                actor_uid=actor_uid,
-                chunks_to_embed=chunks_to_embed,
-                estimated_seconds=estimated_seconds,
-                reason=reason,
-                ttl_ms=ttl_ms,
+                described=described(
+                    canister_uid,
+                    vault_id,
+                    actor_uid=actor_uid,
+                    chunks_to_embed=chunks_to_embed,
+                    estimated_seconds=estimated_seconds,
+                    reason=reason,
+                ),
+                ttl_ms=strict_ttl(ttl_ms),
                 clock_skew_ms=clock_skew_ms,
                 clock=clock,
+                id_is_new=uuid_factory is uuid.uuid4,
             ),
-            ttl_ms=ttl_ms,
+            ttl_ms=strict_ttl(ttl_ms),
             renew_every_ms=renew_every_ms,
             clock=clock,
             uuid_factory=uuid_factory,
@@ -281,7 +293,7 @@ async def _patiently(task: asyncio.Task[Any], seconds: float) -> asyncio.Cancell
 
 
 class _Hold:
-    way_out: weakref.ref[MethodType] | None = None
+    bound_way_out: weakref.ref[MethodType] | None = None
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
@@ -293,7 +305,7 @@ class _Hold:
         self._enter()
         self._ended = asyncio.Event()
         self._lock = OwnedJobLock(self._keeper)
-        self._is_over = over(self._lock, self.way_out)
+        self._is_over = over(self._lock, self.bound_way_out)
         await _undone_if_cancelled(self._keeper.enter(), self._keeper.finish)
         try:
             self._task = self._start()
@@ -302,7 +314,7 @@ class _Hold:
             await self._finish()
             raise
 
-    @WayOut
+    @way_out
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -468,12 +480,12 @@ def _methods(store: BlobStore | AsyncBlobStore, needed: tuple[str, ...]) -> tupl
 
 
 def _require_async(store: AsyncBlobStore, needed: tuple[str, ...]) -> None:
-    # Before any call: to find out by awaiting a blocking store's answer would be after its write.
     for name in _methods(store, needed):
         if not _is_async_def(getattr(store, name)):
             raise WrongStoreError(
-                f"{type(store).__name__}.{name} is not `async def`: use the functions of joblock, "
-                "or wrap the store in joblock.aio.ThreadedBlobStore"
+                f"{type(store).__name__}.{name} is not `async def`: if the store is blocking, use "
+                "the functions of joblock, or wrap it in joblock.aio.ThreadedBlobStore; if it is "
+                f"async, {MARK_ASYNC}"
             )
 
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 from collections.abc import Callable, Generator
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
 
 import joblock
-from joblock import InvalidIdError, JobLockError, MemoryBlobStore, aio
+from joblock import (
+    InvalidIdError,
+    JobLockError,
+    JobLockWarning,
+    MemoryBlobStore,
+    aio,
+    peek_job_lock,
+)
 from joblock import _locks as locks
 from joblock._record import epoch_ms
 from joblock._store import CONDITIONAL
@@ -114,12 +127,19 @@ def test_renew_refuses_another_jobs_record(api: Api, clock: Clock) -> None:
 def test_descriptive_text_of_another_type_is_recorded_as_null(
     api: Api, field: str, bad: Any, store_type: Callable[[], Any]
 ) -> None:
-    """Lenient, as the original: a description must not keep a job from running."""
-    won = acquired(api.acquire(store_type(), UID, VAULT, **{field: bad}))
+    """Lenient, as the original: a description must not keep a job from running. But it warns."""
+    with pytest.warns(JobLockWarning, match=f"^{field}={re.escape(repr(bad))}") as caught:
+        won = acquired(api.acquire(store_type(), UID, VAULT, **{field: bad}))
     assert getattr(won.record, field) is None
+    assert [Path(warning.filename).name for warning in caught] == [CALLER[api]]
 
 
-NOT_NUMBERS: list[Any] = ["5", True, False, b"5", float("nan"), float("inf"), 10**400, [], None]
+NOT_NUMBERS: list[Any] = [
+    *("5", True, False, b"5", float("nan"), float("inf"), 10**400, Decimal(5), []),
+    Fraction(10**400),
+]
+# pytest.warns shows whose line is warned of: that of the caller of joblock, not one of joblock's.
+CALLER = {SyncApi: "test_bad_input.py", AsyncApi: "support.py"}
 
 
 @pytest.mark.parametrize("bad", NOT_NUMBERS, ids=lambda bad: repr(bad)[:20])
@@ -128,23 +148,72 @@ def test_descriptive_number_that_is_not_finite_is_recorded_as_null(
     api: Api, field: str, bad: Any
 ) -> None:
     """A bool is not a number."""
-    won = acquired(api.acquire(MemoryBlobStore(), UID, VAULT, **{field: bad}))
+    with pytest.warns(JobLockWarning, match=f"^{field}="):
+        won = acquired(api.acquire(MemoryBlobStore(), UID, VAULT, **{field: bad}))
     assert getattr(won.record, field) is None
 
 
-@pytest.mark.parametrize("bad", [*NOT_NUMBERS, 0, -1, -0.5], ids=lambda bad: repr(bad)[:20])
+@pytest.mark.parametrize(
+    ("real", "recorded"), [(Fraction(7, 2), "3.5"), (Fraction(7), "7"), (7, "7"), (3.5, "3.5")]
+)
+@pytest.mark.parametrize("field", ["chunks_to_embed", "estimated_seconds", "ttl_ms"])
+def test_any_real_number_counts(api: Api, field: str, real: Any, recorded: str) -> None:
+    """Such as numpy's, which are no ints and floats; they are written as JSON's numbers."""
+    store = MemoryBlobStore()
+    won = acquired(api.acquire(store, UID, VAULT, clock=lambda: 0, **{field: real}))
+    name = "expires_at" if field == "ttl_ms" else field
+    assert str(getattr(won.record, name)).removesuffix(".0") == recorded
+    assert peek_job_lock(store, UID, VAULT) == won.record
+
+
+def test_an_integer_of_another_type_is_recorded_as_an_int(api: Api) -> None:
+    """Such as numpy's; so that it is written without a fraction, as the original writes it."""
+
+    class Whole:
+        def __int__(self) -> int:
+            return 7
+
+    Integral.register(Whole)
+    many: Any = Whole()
+    won = acquired(api.acquire(MemoryBlobStore(), UID, VAULT, chunks_to_embed=many))
+    assert won.record.chunks_to_embed == 7
+    assert type(won.record.chunks_to_embed) is int
+
+
+def test_a_ttl_is_a_timedelta(api: Api, clock: Clock) -> None:
+    """In acquire and in renew."""
+    store = MemoryBlobStore()
+    minute = timedelta(minutes=1)
+    won = acquired(api.acquire(store, UID, VAULT, ttl_ms=minute, clock=clock))
+    assert won.record.expires_at == clock.now + 60_000
+    clock.tick(7)
+    renewed = api.renew(store, UID, VAULT, expected_job_id=won.job_id, ttl_ms=minute, clock=clock)
+    assert renewed and renewed.record.expires_at == clock.now + 60_000
+
+
+NO_TTLS = [*NOT_NUMBERS, None, 0, -1, -0.5, timedelta(0), timedelta(seconds=-1)]
+
+
+@pytest.mark.parametrize("bad", NO_TTLS, ids=lambda bad: repr(bad)[:20])
 @pytest.mark.parametrize("store_type", [MemoryBlobStore, PlainStore])
 def test_a_ttl_that_is_not_positive_and_finite_is_the_default(
     api: Api, clock: Clock, bad: Any, store_type: Callable[[], Any]
 ) -> None:
-    """In acquire and in renew."""
-    store = store_type()
-    won = acquired(api.acquire(store, UID, VAULT, ttl_ms=bad, clock=clock))
+    """In acquire, as in the original; it warns, since 16 minutes are not what was meant."""
+    with pytest.warns(JobLockWarning, match=f"^ttl_ms={re.escape(repr(bad))}") as caught:
+        won = acquired(api.acquire(store_type(), UID, VAULT, ttl_ms=bad, clock=clock))
     assert won.record.expires_at == clock.now + joblock.JOB_LOCK_TTL_MS
-    clock.tick(7)
-    renewed = api.renew(store, UID, VAULT, expected_job_id=won.job_id, ttl_ms=bad, clock=clock)
-    assert renewed
-    assert renewed.record.expires_at == clock.now + joblock.JOB_LOCK_TTL_MS
+    assert [Path(warning.filename).name for warning in caught] == [CALLER[api]]
+
+
+@pytest.mark.parametrize("bad", NO_TTLS, ids=lambda bad: repr(bad)[:20])
+@pytest.mark.parametrize("store_type", [RecordingStore, PlainStore])
+def test_a_ttl_to_renew_with_that_is_none(api: Api, bad: Any, store_type: Any) -> None:
+    """The original has no renewal to be true to: so it is an error, before any request."""
+    store = store_type()
+    with pytest.raises(ValueError, match=f"^ttl_ms .*{re.escape(repr(bad))}"):
+        api.renew(store, UID, VAULT, expected_job_id="a", ttl_ms=bad)
+    assert store.calls == []
 
 
 @pytest.mark.parametrize("bad", ["5", True, None, float("nan"), float("inf"), -1], ids=repr)
@@ -361,9 +430,7 @@ def test_a_blocking_store_in_an_async_function(
 ) -> None:
     """TypeError that names the way out, before the store is called: no lock is left behind."""
     store: Any = store_type()
-    with pytest.raises(
-        TypeError, match=r"joblock, or wrap the store in joblock\.aio\.ThreadedBlobStore"
-    ):
+    with pytest.raises(TypeError, match=r"joblock, or wrap it in joblock\.aio\.ThreadedBlobStore"):
         asyncio.run(getattr(aio, f"{function}_job_lock")(store, UID, VAULT, **CALLS[function]))
     assert store.calls == []
 

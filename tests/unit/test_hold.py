@@ -9,11 +9,11 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-import joblock
 from joblock import (
     JobLockHeldError,
     JobLockLostError,
@@ -136,17 +136,13 @@ class TestHolding:
         hold(MemoryBlobStore(), body, ttl_ms=HOUR)
         assert HOUR / 4 < waits[0] <= HOUR / 3
 
-    @pytest.mark.parametrize("ttl", [0, -5, "minute", None, float("nan")])
-    def test_a_ttl_that_cannot_be_is_the_default(self, hold: Hold, ttl: Any) -> None:
-        """As in acquire, also for the interval and for the renewals."""
-        leases: list[float] = []
-
-        def body(lock: OwnedJobLock) -> None:
-            until_renewed(lock)
-            leases.append((lock.record.expires_at or 0) - (lock.record.started_at or 0))
-
-        hold(MemoryBlobStore(), body, ttl_ms=ttl, renew_every_ms=2)
-        assert leases[0] >= joblock.JOB_LOCK_TTL_MS
+    @pytest.mark.parametrize("ttl", [0, -5, "minute", None, float("nan"), 1, timedelta(0)])
+    def test_a_ttl_that_cannot_be(self, hold: Hold, ttl: Any) -> None:
+        """The error names the TTL, also where it is too short to be renewed."""
+        store = RecordingStore()
+        with pytest.raises(ValueError, match="^ttl_ms "):
+            hold(store, pytest.fail, ttl_ms=ttl)
+        assert store.calls == []
 
     def test_every_keyword_reaches_the_acquire(self, hold: Hold) -> None:
         """What describes the job, and the clocks' skew, for which a lock is honoured longer."""

@@ -14,7 +14,6 @@ import joblock
 from joblock import (
     JobLockLostError,
     MemoryBlobStore,
-    acquire_job_lock,
     aio,
 )
 from tests.holding import (

@@ -24,6 +24,8 @@ FLOORS = [
     "_value",
     "_record",
     "_errors",
+    "_log",
+    "_given",
     "_ids",
     "_results",
     "_store",

@@ -32,6 +32,7 @@ def test_the_default_lease_is_the_originals() -> None:
 
 
 @pytest.mark.parametrize("scenario", VECTORS["scenarios"], ids=lambda scenario: scenario["name"])
+@pytest.mark.filterwarnings("ignore::joblock.JobLockWarning")
 def test_scenario(scenario: dict[str, Any], api: Api) -> None:
     """Results, errors, each store call in order, and the final blobs byte for byte."""
     store = PlainStore(scenario["initial"])

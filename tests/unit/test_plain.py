@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import joblock
 from joblock import JobLockRecord, Lost, Renewed
 from tests.support import KEY, UID, VAULT, Api, Clock, PlainStore, acquired, held
 
@@ -33,10 +34,10 @@ def test_renew_reads_then_writes(api: Api, clock: Clock) -> None:
     won = acquired(api.acquire(store, UID, VAULT, clock=clock, uuid_factory=lambda: "a"))
     store.calls.clear()
     clock.tick(5)
-    renewed = api.renew(store, UID, VAULT, expected_job_id="a", ttl_ms=100, clock=clock)
+    renewed = api.renew(store, UID, VAULT, expected_job_id="a", clock=clock)
     assert isinstance(renewed, Renewed)
     assert renewed.etag is None
-    assert renewed.record.expires_at == clock.now + 100
+    assert renewed.record.expires_at == clock.now + joblock.JOB_LOCK_TTL_MS
     assert renewed.record.started_at == won.record.started_at
     assert store.calls == [["get", KEY], ["set", KEY, renewed.record.to_json()]]
     lost = api.renew(store, UID, VAULT, expected_job_id="b")

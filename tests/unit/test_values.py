@@ -78,7 +78,7 @@ def test_values_are_equal_by_class_and_fields() -> None:
     class Twin(Held):
         pass
 
-    assert Twin(RECORD) != Held(RECORD)
+    assert Twin(RECORD, None, 0) != Held(RECORD)
     assert len({RECORD, RECORD.__replace__(extra={}), RECORD.__replace__()}) == 2
 
 
@@ -132,12 +132,15 @@ def test_errors_carry_their_evidence_through_pickling(error: JobLockError) -> No
     assert isinstance(error, JobLockError)
 
 
+UNTIL = "1970-01-01 00:00:10 UTC (10000 epoch milliseconds)"
+
+
 def test_errors_say_what_happened() -> None:
     """In one line, with the evidence."""
     assert [str(error) for error in ERRORS] == [
         "vault_id must not be 'a/b'",
         "'k' was changed by others in each of 16 attempts",
-        "job 'j' holds the lock of 'u' / 'v' until 10000 (epoch milliseconds)",
+        f"job 'j' holds the lock of 'u' / 'v' until {UNTIL}",
         "job 'j' lost its lock: lease_expired",
     ]
 
