@@ -165,15 +165,10 @@ class _Hold:
         self._ended.acquire()
         self._kept.acquire()
         self._lock = OwnedJobLock(self._keeper)
+        self._keeper.is_over = over(self._lock, self.bound_way_out)
         self._thread = threading.Thread(
             target=contextvars.copy_context().run,
-            args=(
-                _keep,
-                self._keeper,
-                over(self._lock, self.bound_way_out),
-                self._ended,
-                self._kept,
-            ),
+            args=(_keep, self._keeper, self._ended, self._kept),
             name=f"joblock {self._keeper.key}",
             daemon=True,
         )
@@ -226,7 +221,6 @@ class _Hold:
 
 def _keep(
     keeper: Keeper,
-    is_over: Callable[[], bool],
     ended: threading.Lock,
     kept: threading.Lock,
 ) -> None:
@@ -234,7 +228,7 @@ def _keep(
         ended.acquire(timeout=_waitable(seconds))
 
     try:
-        run(keeper.keep(is_over, wait))
+        run(keeper.keep(wait))
     except BaseException as error:  # a thread would drop a SystemExit without a word
         keeper.died(error)
     finally:

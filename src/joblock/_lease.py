@@ -116,9 +116,9 @@ class Lease:
         """Take in that the lock is not this job's any more."""
         self._loss = (reason, current)
 
-    def end(self, now: float, wall: float | None) -> None:
+    def end(self, now: float) -> None:
         """Take in that the body has ended: a deadline that passes later does not matter."""
-        self._ended = self.loss(now, wall) is None
+        self._ended = self.loss(now) is None
 
     def loss(self, now: float, wall: float | None = None) -> JobLockLostError | None:
         """Return the error that tells of the loss, or None; notice a deadline that has passed."""
@@ -138,7 +138,8 @@ class Keeper:
     Of a remote store's error only the type and the status are logged: its text may have a signed
     URL or a token. The error itself is the cause of the `JobLockLostError` that it leads to.
 
-    Who writes what, and who reads it: `lease` is written once, by `enter`. `ended` is written by
+    Who writes what, and who reads it: `is_over` says that the block is over without a word; it is
+    set before `enter`. `lease` is written once, by `enter`. `ended` is written by
     whoever leaves, and read by the thread or task that renews; `kept` the other way round, when
     that thread ends. `_tried` is written by whoever
     releases, and read by whoever leaves. `_releasing` is locked while someone does, for the one
@@ -169,6 +170,8 @@ class Keeper:
                 f"by more than {_LOST_EARLY_MS} ms, not {renew_every_ms!r}"
             )
         self.key: str = job_lock_key(canister_uid, vault_id)
+        self.is_over: Callable[[], bool] = lambda: False
+        self.entered: bool = False
         self.ended: bool = False
         self.kept: bool = False
         self._store = store
@@ -182,7 +185,6 @@ class Keeper:
         self._loss_unlogged = threading.Lock()
         self._releasing = threading.Lock()
         self._job_id: str | None = None
-        self._entered = False
         self._tried = False
         self._process = os.getpid()
 
@@ -202,13 +204,17 @@ class Keeper:
             self.lease = Lease(
                 taken, begun=begun, ttl_ms=self._ttl_ms, renew_every_ms=self._renew_every_ms
             )
-            self._entered = True
+            self.entered = True
         except JobLockError:  # refused: nothing was written
             self._job_id = None
+            raise
+        except GeneratorExit:  # nobody runs this any more
             raise
         except BaseException:  # the store's, or a signal handler's: it may have been
             await self.finish()
             raise
+        if self.ended or self.is_over():  # nobody waits for the lock any more
+            await self.finish()
 
     def _new_job_id(self) -> str:
         self._job_id = new_job_id(self._uuid_factory)
@@ -216,42 +222,40 @@ class Keeper:
 
     def loss(self) -> JobLockLostError | None:
         """The lease's loss, also by the caller's clock; logged once, by whoever notices first."""
-        return self._logged(self.lease.loss(self._now(), self._wall()))
+        return self._logged(self.lease.loss(self._now(), as_number(self._clock())))
 
     def _lost(self) -> bool:
-        """Whether it is lost for certain: where only the caller's clock says so, it is renewed."""
-        return self._entered and self._logged(self.lease.loss(self._now())) is not None
+        """Whether it is lost for certain: where only the caller's clock says so, the store knows.
+
+        So a renewal or the release is tried first, and the clock is not asked while leaving.
+        """
+        return self.entered and self._logged(self.lease.loss(self._now())) is not None
 
     def _logged(self, loss: JobLockLostError | None) -> JobLockLostError | None:
         if loss is not None and self._loss_unlogged.acquire(blocking=False):
             _log.error("%s (%r)", loss, self.key)
         return loss
 
-    def _wall(self) -> float | None:
-        try:
-            return as_number(self._clock())
-        except Exception:  # it tells nothing; the next renewal fails with it, and says so
-            return None
-
-    async def keep(
-        self, left: Callable[[], bool], wait: Callable[[float], Coroutine[Any, Any, None]]
-    ) -> None:
+    async def keep(self, wait: Callable[[float], Coroutine[Any, Any, None]]) -> None:
         """Renew until the body has ended or the lock is lost; release what is not lost.
 
-        `wait` waits for so many seconds, or for the end of the body. `left` says that the body is
-        over without a word. To run this again, after it was interrupted, is safe: each step asks
-        for the state first, and a release of what is released does nothing.
+        `wait` waits for so many seconds, or for the end of the body. To run this again, after it
+        was interrupted, is safe: each step asks for the state first, and a release of what is
+        released does nothing.
         """
         while not self._lost():
             if not self.ended:
                 await wait(self.lease.wait_ms(self._now()) / 1000)
             if self.forked or self._lost():
                 return
-            if self.ended or left():
+            if self.ended or self.is_over():
                 await self.finish()
                 return
             await self._renew()
-            self.loss()  # it is renewed, or it could not be: now the caller's clock counts, too
+            # It is renewed, or it could not be: now the caller's clock counts, too. One that fails
+            # tells nothing; the renewal has failed with it, and said so.
+            with contextlib.suppress(Exception):
+                self.loss()
 
     async def _renew(self) -> None:
         begun = self._now()
@@ -292,7 +296,7 @@ class Keeper:
         self._tried = True
 
     async def _release(self) -> None:
-        if not self._entered:  # entering failed, perhaps after its write
+        if not self.entered:  # entering failed, perhaps after its write
             if self._job_id is not None:
                 await _protocol.release(
                     self._store, *self._ids, expected_job_id=self._job_id, etag=None
@@ -317,18 +321,18 @@ class Keeper:
 
     def end(self) -> None:
         """Take in that the body has ended, whether it was entered or not."""
-        if self._entered:
-            self.lease.end(self._now(), self._wall())
+        if self.entered:
+            self.lease.end(self._now())
         self.ended = True
 
     def left_s(self) -> float:
         """For how many seconds leaving may wait for the store: as long as the lease runs."""
-        return 0 if self.loss() else max(0, self.lease.deadline - self._now()) / 1000
+        return 0 if self._lost() else max(0, self.lease.deadline - self._now()) / 1000
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing to do any more: the release was tried, or the lock is lost."""
-        return self._tried or (self._entered and self.loss() is not None)
+        return self._tried or self._lost()
 
     def leave(self, error: BaseException | None, *, going_on: bool = False) -> None:
         """Tell of a loss, in an error or in a note to the `error` that the body raised.
@@ -337,7 +341,7 @@ class Keeper:
         """
         if not (self.finished or going_on):
             log_unreleased(self._job_id, self.key, "no answer from the store")
-        loss = self.loss()
+        loss = self.lease.loss(self._now())
         if loss is not None and error is None:
             raise loss
         if loss is not None and error is not None:

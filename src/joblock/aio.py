@@ -262,7 +262,9 @@ async def _undone_if_cancelled(
     task = _in_background(work)
     try:
         await asyncio.wait({task})
-    except asyncio.CancelledError:
+    except GeneratorExit:  # nobody runs this any more
+        raise
+    except BaseException:  # a cancellation, or what a signal handler raised
         await _patiently(_in_background(_undo(task, undo)), _UNDO_S)
         raise
     return task.result()
@@ -305,13 +307,17 @@ class _Hold:
         self._enter()
         self._ended = asyncio.Event()
         self._lock = OwnedJobLock(self._keeper)
-        self._is_over = over(self._lock, self.bound_way_out)
-        await _undone_if_cancelled(self._keeper.enter(), self._keeper.finish)
+        self._keeper.is_over = over(self._lock, self.bound_way_out)
         try:
+            await _undone_if_cancelled(self._keeper.enter(), self._keeper.finish)
             self._task = self._start()
             return self._lock
+        except GeneratorExit:
+            raise
         except BaseException:
-            await self._finish()
+            self._keeper.end()  # what still enters in the background then leaves again
+            if self._keeper.entered:
+                await self._finish()
             raise
 
     @way_out
@@ -329,6 +335,8 @@ class _Hold:
         interrupt: BaseException | None = None
         try:
             interrupt = await self._finish()
+        except GeneratorExit:  # the task still releases the lock
+            raise
         except BaseException as error:  # a signal handler's: it goes on after the release
             interrupt = error
             await self._finish()
@@ -338,7 +346,7 @@ class _Hold:
             raise interrupt
 
     def _start(self) -> asyncio.Task[None]:
-        work = _keep(self._keeper, self._is_over, self._ended)
+        work = _keep(self._keeper, self._ended)
         return _in_background(work, f"joblock {self._keeper.key}")
 
     async def _finish(self) -> asyncio.CancelledError | None:
@@ -375,14 +383,14 @@ class _Hold:
         exc.add_note(wrong)
 
 
-async def _keep(keeper: Keeper, is_over: Callable[[], bool], ended: asyncio.Event) -> None:
+async def _keep(keeper: Keeper, ended: asyncio.Event) -> None:
     async def wait(seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await ended.wait()
 
     try:
-        await keeper.keep(is_over, wait)
+        await keeper.keep(wait)
     except asyncio.CancelledError as error:
         if not keeper.ended:
             keeper.died(error)

@@ -248,10 +248,19 @@ class TestHolding:
         assert "lost its lock: lock_already_gone" in note
 
     def test_a_clock_that_fails_later(self, hold: Hold, caplog: pytest.LogCaptureFixture) -> None:
-        """As any failed renewal: told each time, until the lease ends with it as the cause."""
-        times = iter([0])
+        """As any failed renewal: told each time, until the lease ends with it as the cause.
+
+        Who asks whether the lock is lost asks the clock, too, and gets its error.
+        """
+        times = [0]
+
+        def body(lock: OwnedJobLock) -> None:
+            with pytest.raises(IndexError):
+                lock.check()
+            poll(lambda: "ERROR" in levels(caplog))
+
         with pytest.raises(JobLockLostError, match="lease_expired") as caught:
-            hold(MemoryBlobStore(), until_lost, clock=lambda: next(times), **BRIEF)
+            hold(MemoryBlobStore(), body, clock=times.pop, **BRIEF)
         assert levels(caplog).count("ERROR") == 1
         assert set(levels(caplog)) == {"WARNING", "ERROR"}
         assert caught.value.__cause__ is not None

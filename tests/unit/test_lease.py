@@ -72,7 +72,7 @@ class Simulation:
             if self.clock.now >= end:
                 self.keeper.end()
 
-        await_now(self.keeper.keep(lambda: False, wait))
+        await_now(self.keeper.keep(wait))
         if self.clock.now < end:  # lost: the body goes on regardless
             self.pass_time(end - self.clock.now)
             self.keeper.end()

@@ -1,0 +1,157 @@
+"""An exception at every step of entering and leaving, as a signal handler may raise one anywhere.
+
+Celery's soft time limit, RQ's time-out, Ctrl-C and gunicorn do. Wherever it comes, entering and
+leaving end before the lease does, what was raised is what comes out, and no lock is renewed by
+anybody. The steps are those that Python traces: calls, lines, returns, and with `--deep` each
+instruction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import joblock
+from joblock import MemoryBlobStore, aio, hold_job_lock
+from tests.holding import poll, renewing_threads
+from tests.support import UID, VAULT, async_view
+
+PACKAGE = str(Path(joblock.__file__).parent)
+TTL_MS = 60_000
+DETAIL = [False, pytest.param(True, marks=pytest.mark.deep)]
+Trace = Callable[[FrameType, str, Any], Any]
+
+
+class InterruptError(Exception):
+    """What a handler raises; an ordinary exception, as those of Celery and RQ are."""
+
+
+class Interrupter:
+    """Raises at the step with this number, once."""
+
+    def __init__(self, number: int, every_instruction: bool) -> None:
+        self.left = number
+        self.every_instruction = every_instruction
+        self.raised: InterruptError | None = None
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not self.concerns(frame):
+            return None
+        frame.f_trace_opcodes = self.every_instruction
+        self.left -= 1
+        if self.left == 0:
+            self.raised = InterruptError(
+                f"{event} in {frame.f_code.co_name}, line {frame.f_lineno}"
+            )
+            raise self.raised
+        return self
+
+    def concerns(self, frame: FrameType) -> bool:
+        # Not what Python calls by the way, such as the callback of a weak reference: there it
+        # drops the exception itself.
+        return frame.f_code.co_filename.startswith(PACKAGE)
+
+
+class Unlocked(MemoryBlobStore):
+    """Without its lock: a tracer can raise where a `with` over a lock ends, but a signal cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock: Any = contextlib.nullcontext()
+
+
+def in_a_thread(interrupter: Interrupter, entering: bool) -> tuple[BaseException | None, bool]:
+    """Hold a lock once; return what came out, and whether the lock was released."""
+    store = Unlocked()
+    hold = hold_job_lock(store, UID, VAULT, ttl_ms=TTL_MS, renew_every_ms=2)
+    came_out: BaseException | None = None  # kept, and with it the frames of all that it passed
+    begun = time.monotonic()
+    try:
+        if entering:
+            sys.settrace(interrupter)
+        with hold:
+            sys.settrace(None if entering else interrupter)
+    except InterruptError as error:
+        came_out = error
+    finally:
+        sys.settrace(None)
+    assert time.monotonic() - begun < TTL_MS / 1000, "it waited for the lease to end"
+    poll(lambda: not renewing_threads())
+    assert came_out is interrupter.raised
+    return came_out, list(store) == []
+
+
+class OfThisTask(Interrupter):
+    """Interrupts joblock in the task that enters and leaves; a bug in another is another test."""
+
+    def __init__(self, number: int, every_instruction: bool) -> None:
+        super().__init__(number, every_instruction)
+        self.task: asyncio.Task[Any] | None = None
+
+    def concerns(self, frame: FrameType) -> bool:
+        return frame.f_code.co_filename.startswith(PACKAGE) and asyncio.current_task() is self.task
+
+
+def in_a_task(interrupter: OfThisTask, entering: bool) -> tuple[BaseException | None, bool]:
+    """The same for the async one."""
+    store = Unlocked()
+    came_out: BaseException | None = None
+
+    async def main() -> None:
+        nonlocal came_out
+        interrupter.task = asyncio.current_task()
+        hold = aio.hold_job_lock(async_view(store), UID, VAULT, ttl_ms=TTL_MS, renew_every_ms=2)
+        try:
+            if entering:
+                sys.settrace(interrupter)
+            async with hold:
+                sys.settrace(None if entering else interrupter)
+        except InterruptError as error:
+            came_out = error
+        finally:
+            sys.settrace(None)
+        if others := asyncio.all_tasks() - {interrupter.task}:
+            await asyncio.wait(others)
+
+    begun = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - begun < TTL_MS / 1000, "it waited for the lease to end"
+    assert came_out is interrupter.raised
+    return came_out, list(store) == []
+
+
+KINDS: dict[str, tuple[Callable[..., tuple[BaseException | None, bool]], type[Interrupter]]] = {
+    "thread": (in_a_thread, Interrupter),
+    "task": (in_a_task, OfThisTask),
+}
+
+
+# An interrupt between the making of a coroutine and its first step leaves it to Python to complain.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.parametrize("every_instruction", DETAIL, ids=["lines", "instructions"])
+@pytest.mark.parametrize("entering", [True, False], ids=["entering", "leaving"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_at_every_step(kind: str, entering: bool, every_instruction: bool) -> None:
+    """It ends in time with what was raised, and nothing renews; the lock is released."""
+    hold_once, interrupter_type = KINDS[kind]
+    number, unreleased = 0, []
+    while True:
+        number += 1
+        interrupter = interrupter_type(number, every_instruction)
+        came_out, released = hold_once(interrupter, entering)
+        if interrupter.raised is None:
+            break
+        if not released:
+            unreleased.append(f"{number}: {came_out}")
+    gc.collect()  # what Python has to say of such coroutines, it says now
+    assert number > (50 if entering else 30), "it was not traced"
+    assert unreleased == []
