@@ -30,7 +30,11 @@ def poll(condition: Callable[[], object]) -> None:
 
 
 def renewing_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("joblock")]
+    return threads_named("joblock index-jobs/")
+
+
+def threads_named(prefix: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(prefix)]
 
 
 def levels(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -42,6 +44,7 @@ from tests.support import (
     KEY,
     UID,
     VAULT,
+    Clock,
     RecordingStore,
     acquired,
     async_view,
@@ -300,6 +303,139 @@ class TestHolding:
         del lock
         gc.collect()
         poll(lambda: list(store) == [])
+
+
+class TestTheCallersClock:
+    """By which others on this host decide whether they may take the lock over."""
+
+    def test_set_forward(self, hold: Hold) -> None:
+        """`check()` must not pass while a rival on the same host has the lock."""
+        clock = Clock()
+        store = MemoryBlobStore()
+
+        def body(lock: OwnedJobLock) -> None:
+            lock.check()
+            clock.tick(2 * HOUR)
+            assert acquire_job_lock(store, UID, VAULT, clock=clock)
+            with pytest.raises(JobLockLostError, match="lease_expired"):
+                lock.check()
+
+        with pytest.raises(JobLockLostError, match="lease_expired"):
+            hold(store, body, ttl_ms=HOUR, clock=clock)
+
+    def test_set_forward_and_renewed_before_anybody_asked(self, hold: Hold) -> None:
+        """The store knows that nobody has taken it over: nothing is lost."""
+        clock = Clock()
+        store = MemoryBlobStore()
+
+        def body(lock: OwnedJobLock) -> None:
+            clock.tick(2 * HOUR)
+            poll(lambda: (lock.record.expires_at or 0) > clock.now)
+            lock.check()
+
+        hold(store, body, ttl_ms=HOUR, renew_every_ms=2, clock=clock)
+        assert list(store) == []
+
+    def test_set_back(self, hold: Hold) -> None:
+        """No renewal moves the deadline back: others count on what they have read."""
+        clock = Clock()
+        deadlines: list[Any] = []
+
+        def body(lock: OwnedJobLock) -> None:
+            first = lock.record.expires_at
+            clock.tick(-HOUR)
+            count = len(store.calls)
+            poll(lambda: store.calls[count:].count("set_if_match") > 2)
+            deadlines.extend([first, lock.record.expires_at])
+
+        store = RecordingStore()
+        hold(store, body, ttl_ms=2 * HOUR, renew_every_ms=2, clock=clock)
+        assert deadlines[0] == deadlines[1]
+
+
+class TestTwoRunsOfOneJob:
+    """A task that is delivered twice, whose id is the job's: its two acquires are two owners."""
+
+    def test_the_first_does_not_renew_or_release_the_second(self, hold: Hold) -> None:
+        """It was paused beyond its lease; the second has taken over."""
+        clock, store = Clock(), MemoryBlobStore()
+        one: dict[str, Any] = {"uuid_factory": lambda: "task-1", "clock": clock}
+
+        def body(lock: OwnedJobLock) -> None:
+            clock.tick(2 * HOUR)
+            assert acquire_job_lock(store, UID, VAULT, **one)
+            poll(lambda: lock.lost)
+
+        with pytest.raises(JobLockLostError) as caught:
+            hold(store, body, ttl_ms=HOUR, renew_every_ms=2, **one)
+        assert caught.value.reason in ("lock_owned_by_other_job", "lease_expired")
+        left = peek_job_lock(store, UID, VAULT)
+        assert left is not None and left.started_at == clock.now
+
+
+def test_the_store_is_called_in_the_callers_context(hold: Hold) -> None:
+    """A store may find its connection or its tenant by a context variable."""
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant")
+    seen: set[str] = set()
+
+    class ByTenant(MemoryBlobStore):
+        def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+            seen.add(f"renewed by {tenant.get()}")
+            return super().set_if_match(key, value, etag)
+
+        def delete_if_match(self, key: str, etag: str) -> bool:
+            seen.add(f"released by {tenant.get()}")
+            return super().delete_if_match(key, etag)
+
+    def main() -> None:
+        tenant.set("acme")
+        hold(store, until_renewed, **OFTEN)
+
+    store = ByTenant()
+    contextvars.copy_context().run(main)
+    assert seen == {"renewed by acme", "released by acme"}
+    assert list(store) == []
+
+
+class Status(Exception):  # noqa: N818
+    """As Netlify's, Azure's and Google's errors."""
+
+    def __init__(self, **attributes: object) -> None:
+        super().__init__("https://store.example/?signature=secret")
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (sqlite3.OperationalError("/jobs.db: disk is full"), "OperationalError: /jobs.db: disk is"),
+        (OSError(28, "No space left on device", "/secret"), "OSError: No space left on device;"),
+        (Status(status=503), "Status: status 503;"),
+        (Status(status_code=429), "Status: status 429;"),
+        (Status(code=412), "Status: status 412;"),
+        (Status(response={"ResponseMetadata": {"HTTPStatusCode": 500}}), "Status: status 500;"),
+        (Status(response={"Error": {}}), "Status; "),
+        (Status(), "Status; "),
+    ],
+    ids=lambda it: "" if isinstance(it, str) else type(it).__name__,
+)
+def test_what_a_log_says_of_a_failed_renewal(
+    hold: Hold, error: Exception, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, a busy file and a refused request are told apart, and no secret is shown."""
+    store = FlakyStore()
+
+    def fail() -> None:
+        raise error
+
+    store.script = [fail]
+
+    def body(lock: OwnedJobLock) -> None:
+        poll(lambda: levels(caplog))
+
+    hold(store, body, **OFTEN)
+    assert says in caplog.messages[0]
+    assert "secret" not in caplog.text
 
 
 def test_a_block_that_another_process_entered_is_left_as_it_is() -> None:

@@ -43,6 +43,15 @@ class AsyncFlaky(AsyncConditionalView):
         self.answer = asyncio.Event()
         self.hanging = ""
         self.broken = False
+        self.slow = 0
+
+    async def set_if_new(self, key: str, value: str) -> str | None:
+        for _ in range(self.slow):
+            await asyncio.sleep(0)
+        written = await super().set_if_new(key, value)
+        for _ in range(self.slow):
+            await asyncio.sleep(0)
+        return written
 
     async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         await self._hang("renewal")
@@ -399,3 +408,130 @@ class TestATask:
             assert await store.is_free()
 
         run(main)
+
+    @pytest.mark.parametrize("times", [1, 100])
+    def test_entering_that_is_cancelled(self, times: int) -> None:
+        """A client that goes away must not lock the user out: 0 of 60 locks stay."""
+
+        async def main() -> None:
+            for number in range(60):
+                store = AsyncFlaky()
+                store.slow = number % 5
+
+                async def job(store: AsyncFlaky = store) -> None:
+                    async with aio.hold_job_lock(store, UID, VAULT):
+                        await asyncio.sleep(10)
+
+                task = asyncio.create_task(job())
+                for _ in range(number % 7):
+                    await asyncio.sleep(0)
+                for _ in range(times):
+                    task.cancel()
+                    await asyncio.sleep(0)
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                if others := asyncio.all_tasks() - {asyncio.current_task()}:
+                    await asyncio.wait(others)
+                assert await store.is_free()
+
+        asyncio.run(main())
+
+    def test_a_scope_that_cancels_in_every_turn_of_the_loop(self) -> None:
+        """As anyio's: leaving does not keep the loop busy, and the task releases the lock."""
+
+        async def main(store: AsyncFlaky) -> None:
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    store.hanging = "release"
+
+            task = asyncio.create_task(job())
+            await store.called.wait()
+            turns = 0
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0)
+                turns += 1
+            assert turns < 20
+            assert task.cancelled()
+            assert not await store.is_free()
+            store.answer.set()
+            await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+            assert await store.is_free()
+
+        run(main)
+
+    def test_a_scope_of_anyios(self) -> None:
+        """The real one."""
+        anyio = pytest.importorskip("anyio")
+
+        async def main(store: AsyncFlaky) -> None:
+            store.hanging = "release"
+            with anyio.move_on_after(0.01) as scope:
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    await anyio.sleep(10)
+            assert scope.cancelled_caught
+            store.answer.set()
+            await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+            assert await store.is_free()
+
+        run(main)
+
+    def test_a_release_that_goes_on_while_the_event_loop_shuts_down(self) -> None:
+        """It cancels every task once; the release is tried again, and awaited."""
+
+        class SlowToRelease(AsyncConditionalView):
+            async def delete_if_match(self, key: str, etag: str) -> bool:
+                await asyncio.sleep(0.01)
+                return await super().delete_if_match(key, etag)
+
+        store = SlowToRelease(MemoryBlobStore())
+
+        async def main() -> None:
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    pass
+
+            task = asyncio.create_task(job())
+            while not task.done():
+                await asyncio.sleep(0)
+                task.cancel()
+
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(main())
+        assert asyncio.run(store.get(KEY)) is None
+
+    @pytest.mark.parametrize("closed", [True, False])
+    def test_left_in_another_event_loop(self, closed: bool) -> None:
+        """As a fixture may be: it says so at once, and releases."""
+        store = MemoryBlobStore()
+        hold = aio.hold_job_lock(async_view(store), UID, VAULT)
+        first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+        first.run_until_complete(hold.__aenter__())
+        if closed:
+            others = asyncio.all_tasks(first)
+            first.run_until_complete(asyncio.sleep(0))
+            for task in others:
+                task.cancel()
+            first.run_until_complete(asyncio.gather(*others, return_exceptions=True))
+            first.close()
+        with pytest.raises(RuntimeError, match="entered in one event loop and left in another"):
+            second.run_until_complete(hold.__aexit__(None, None, None))
+        assert list(store) == []
+        second.close()
+        if not closed:
+            first.run_until_complete(asyncio.gather(*asyncio.all_tasks(first)))
+            first.close()
+
+    def test_left_in_another_event_loop_by_an_exception(self) -> None:
+        """The block's own comes out, with a note."""
+        store = MemoryBlobStore()
+        hold = aio.hold_job_lock(async_view(store), UID, VAULT)
+        first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+        first.run_until_complete(hold.__aenter__())
+        error = ValueError()
+        second.run_until_complete(hold.__aexit__(ValueError, error, None))
+        assert "left in another" in error.__notes__[0]
+        assert list(store) == []
+        second.close()
+        first.run_until_complete(asyncio.gather(*asyncio.all_tasks(first)))
+        first.close()

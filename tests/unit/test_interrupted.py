@@ -143,7 +143,8 @@ KINDS: dict[str, tuple[Callable[..., tuple[BaseException | None, bool]], type[In
 def test_interrupted_at_every_step(kind: str, entering: bool, every_instruction: bool) -> None:
     """It ends in time with what was raised, and nothing renews; the lock is released."""
     hold_once, interrupter_type = KINDS[kind]
-    number, unreleased = 0, []
+    number = 0
+    unreleased: list[str] = []
     while True:
         number += 1
         interrupter = interrupter_type(number, every_instruction)
