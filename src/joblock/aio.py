@@ -13,7 +13,7 @@ import inspect
 import os
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -107,7 +107,7 @@ async def acquire_job_lock(
         uuid_factory=new_job_id,
         id_is_new=uuid_factory is uuid.uuid4,
     )
-    return await _undone_if_cancelled(_call(store, _protocol.ACQUIRE_NEEDS, acquire), undo)
+    return await _undone_if_cancelled(_begun(store, _protocol.ACQUIRE_NEEDS, acquire), undo)
 
 
 async def release_job_lock(
@@ -129,7 +129,7 @@ async def release_job_lock(
         expected_job_id=expected_job_id,
         etag=etag,
     )
-    return await _call(store, _protocol.release_needs(expected_job_id), release)
+    return await _begun(store, _protocol.release_needs(expected_job_id), release)
 
 
 async def peek_job_lock(
@@ -137,7 +137,7 @@ async def peek_job_lock(
 ) -> JobLockRecord | None:
     """As `joblock.peek_job_lock`, on an async store."""
     peek = partial(_protocol.peek, canister_uid=canister_uid, vault_id=vault_id)
-    return await _call(store, _protocol.PEEK_NEEDS, peek)
+    return await _begun(store, _protocol.PEEK_NEEDS, peek)
 
 
 async def renew_job_lock(
@@ -165,7 +165,7 @@ async def renew_job_lock(
         etag=etag,
         record=record,
     )
-    return await _call(store, _protocol.RENEW_NEEDS, renew)
+    return await _begun(store, _protocol.RENEW_NEEDS, renew)
 
 
 def hold_job_lock(
@@ -222,16 +222,15 @@ def hold_job_lock(
     )
 
 
-async def _call(
+def _begun(
     store: AsyncBlobStore,
     needed: tuple[str, ...],
     function: Callable[[AsyncBlobStore], Coroutine[Any, Any, _T]],
-) -> _T:
+) -> Awaitable[_T]:
     if isinstance(store, ThreadedBlobStore):  # the whole of it in one thread, not verb by verb
-        shown = view(store._store, needed)
-        return await store._threads.run(lambda: run(function(shown)))
+        return store._threads.begin(partial(run, function(view(store._store, needed))))
     _require_async(store, needed)
-    return await function(store)
+    return function(store)
 
 
 _UNDO_S = 10.0  # for a store that does not answer
@@ -252,25 +251,30 @@ def _in_background(work: Coroutine[Any, Any, _T], name: str | None = None) -> as
 
 
 async def _undone_if_cancelled(
-    work: Coroutine[Any, Any, _T], undo: Callable[[], Coroutine[Any, Any, object]]
+    work: Awaitable[_T], undo: Callable[[], Coroutine[Any, Any, object]]
 ) -> _T:
     """Return what `work` returns; if that is cancelled, undo it once it has ended, and go on."""
+    if not isinstance(work, asyncio.Future):
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # trio's or another: there is no way to outlive a cancellation
+            return await work
+        work = _in_background(_awaited(work))
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:  # trio's or another: there is no way to outlive a cancellation
-        return await work
-    task = _in_background(work)
-    try:
-        await asyncio.wait({task})
+        await asyncio.wait({work})
     except GeneratorExit:  # nobody runs this any more
         raise
     except BaseException:  # a cancellation, or what a signal handler raised
-        await _patiently(_in_background(_undo(task, undo)), _UNDO_S)
+        await _patiently(_in_background(_undo(work, undo)), _UNDO_S)
         raise
-    return task.result()
+    return work.result()
 
 
-async def _undo(work: asyncio.Task[Any], undo: Callable[[], Coroutine[Any, Any, object]]) -> None:
+async def _awaited(work: Awaitable[_T]) -> _T:
+    return await work
+
+
+async def _undo(work: asyncio.Future[Any], undo: Callable[[], Coroutine[Any, Any, object]]) -> None:
     for _ in range(_PATIENCE):
         with contextlib.suppress(asyncio.CancelledError):  # an event loop that shuts down
             await asyncio.wait({work})
@@ -458,13 +462,13 @@ class _Threads:
         self._own: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
 
-    async def run(self, function: Callable[[], _T]) -> _T:
+    def begin(self, function: Callable[[], _T]) -> asyncio.Future[_T]:
         work = partial(contextvars.copy_context().run, function)
-        return await asyncio.get_running_loop().run_in_executor(self._executor(), work)
+        return asyncio.get_running_loop().run_in_executor(self._executor(), work)
 
     def calling(self, method: Callable[_P, _T]) -> _Async[_P, _T]:
         async def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            return blocking(await self.run(partial(method, *args, **kwargs)))
+            return blocking(await self.begin(partial(method, *args, **kwargs)))
 
         return call
 

@@ -2,8 +2,7 @@
 
 Celery's soft time limit, RQ's time-out, Ctrl-C and gunicorn do. Wherever it comes, entering and
 leaving end before the lease does, what was raised is what comes out, and no lock is renewed by
-anybody. The steps are those that Python traces: calls, lines, returns, and with `--deep` each
-instruction.
+anybody. The steps are those that Python traces: calls, lines and returns, and each instruction.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tests.support import UID, VAULT, async_view
 
 PACKAGE = str(Path(joblock.__file__).parent)
 TTL_MS = 60_000
-DETAIL = [False, pytest.param(True, marks=pytest.mark.deep)]
+DETAIL = [False, True]
 Trace = Callable[[FrameType, str, Any], Any]
 
 
