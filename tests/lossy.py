@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import socket
 import socketserver
+import ssl
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,10 @@ class Rule:
         return self.when(request)
 
 
+class _Cut(bytes):
+    """A part of a reply, after which the connection ends."""
+
+
 class Proxy:
     """Each rule is for the next request that it is about, or for the next `times` of them.
 
@@ -66,17 +71,36 @@ class Proxy:
     def __init__(self, upstream: str, *, rewrite: bool, keep_alive: bool) -> None:
         self.url = ""
         self.requests: list[Request] = []
+        self.last_cut = 0
         self._upstream, self._rewrite, self._keep_alive = upstream, rewrite, keep_alive
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._hung: list[threading.Event] = []
 
+    def forget(self) -> None:
+        """Drop the rules that are left."""
+        self._rules.clear()
+
     def swallow(self, when: When = any_request, *, times: int = 1) -> None:
         """Let the server do it, then close the connection without a reply."""
 
         def act(_: Request, forward: Forward) -> None:
             forward()
+
+        self._rules.append(Rule(when, act, times))
+
+    def cut(self, at: int, when: When = any_request, *, times: int = 1) -> None:
+        """Let the server do it, send so many bytes of its reply, and close the connection.
+
+        `last_cut` is the length of the whole reply then.
+        """
+
+        def act(_: Request, forward: Forward) -> bytes | None:
+            reply = forward()
+            assert reply is not None
+            self.last_cut = len(reply)
+            return _Cut(reply[:at])
 
         self._rules.append(Rule(when, act, times))
 
@@ -155,7 +179,7 @@ class Proxy:
                     if reply is None:
                         return
                     client.sendall(reply)
-                    if _closes(reply):
+                    if isinstance(reply, _Cut) or _closes(reply):
                         return
         except ConnectionError:
             pass  # the client has gone
@@ -205,24 +229,36 @@ class Proxy:
 
 @contextmanager
 def lossy(
-    upstream: str, *, rewrite: bool = False, keep_alive: bool = False, port: int = 0
+    upstream: str,
+    *,
+    rewrite: bool = False,
+    keep_alive: bool = False,
+    port: int = 0,
+    tls: ssl.SSLContext | None = None,
 ) -> Generator[Proxy]:
     """A proxy in front of the server at the URL `upstream`; `proxy.url` takes its place.
 
     With `rewrite` the URL `upstream` in replies becomes the proxy's own, for a server that tells
-    its clients where to go next. With `keep_alive` connections stay open, whatever it says.
+    its clients where to go next. With `keep_alive` connections stay open, whatever it says. With
+    `tls` its clients speak TLS, and a connection ends without TLS's own notice of its end.
     """
     proxy = Proxy(upstream, rewrite=rewrite, keep_alive=keep_alive)
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            proxy.serve(self.request)
+            with suppress(OSError):  # a client that goes away during TLS's greeting
+                client = self.request
+                if tls is not None:
+                    client = tls.wrap_socket(client, server_side=True)
+                with client:
+                    proxy.serve(client)
 
     class Server(socketserver.ThreadingTCPServer):
         request_queue_size = 64
 
     with Server(("127.0.0.1", port), Handler) as server:
-        proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
+        scheme = "http" if tls is None else "https"
+        proxy.url = f"{scheme}://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
         try:

@@ -51,7 +51,7 @@ FLOORS = [
     "__main__",
 ]
 # A store's module knows what a store is, and what it shares with its neighbours; no other store.
-FOR_STORES = {"_store", "stores._http", "stores._remote"}
+FOR_STORES = {"_value", "_store", "stores._http", "stores._remote"}
 
 
 def name_of(path: Path) -> str:

@@ -8,19 +8,27 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from email.message import Message
-from typing import NamedTuple
 from urllib.parse import urlsplit
+
+from .._value import Value, assign
 
 # Node closes a connection that was idle for 5 seconds.
 _IDLE_S = 4.0
 
 
-class Answer(NamedTuple):
+class Answer(Value):
     """What came back, whatever the status."""
+
+    __slots__ = __match_args__ = ("status", "headers", "body")
 
     status: int
     headers: Message
     body: bytes
+
+    def __init__(self, status: int, headers: Message, body: bytes) -> None:
+        assign(self, "status", status)
+        assign(self, "headers", headers)
+        assign(self, "body", body)
 
 
 _Idle = list[tuple[http.client.HTTPConnection, float]]
@@ -54,6 +62,7 @@ class Connections:
         scheme, host, path, query, _ = urlsplit(url)
         origin = f"{scheme}://{host}"
         connection = self._idle_connection(origin) or self._new_connection(scheme, host)
+        response: http.client.HTTPResponse | None = None
         try:
             connection.request(method, f"{path}?{query}" if query else path, body, dict(headers))
             response = connection.getresponse()
@@ -64,6 +73,8 @@ class Connections:
             answer = Answer(response.status, response.headers, response.read())
         except BaseException:
             connection.close()
+            if response is not None:
+                response.close()  # it has the socket, too
             self.close()  # the server may have closed the others too
             raise
         self._idle[origin].append((connection, time.monotonic()))

@@ -26,9 +26,30 @@ READ_TIMEOUT_S = 10.0
 def is_etag(etag: str) -> bool:
     """Whether `etag` can name one version.
 
-    As a header, a blank one is no condition and `*` is any version.
+    As a header, a blank one is no condition and `*` is any version. One whose quotes are not a
+    pair was cut.
     """
-    return etag.isascii() and etag.isprintable() and etag.strip() not in ("", "*")
+    return (
+        etag.isascii()
+        and etag.isprintable()
+        and etag.strip() not in ("", "*")
+        and etag.count('"') in (0, 2)
+    )
+
+
+class CutReplyError(Exception):
+    """A reply that may be cut: the connection ended before it was known to be whole.
+
+    Python takes the end of a connection for the end of the headers. What comes after it is then
+    missing, and a body without a length is empty: a live lock would be taken for no lock.
+    """
+
+
+def whole(etag: object) -> str:
+    """Return the etag that a reply must have; raise `CutReplyError` if it has none."""
+    if isinstance(etag, str) and is_etag(etag):
+        return etag
+    raise CutReplyError(f"the reply has no whole etag, but {etag!r}")
 
 
 class DoubtfulRefusal(Exception):  # noqa: N818 - it is caught here, always

@@ -11,7 +11,15 @@ from azure.core.exceptions import HttpResponseError, ServiceRequestError, Servic
 from azure.storage.blob import ContainerClient, ContentSettings
 
 from .._store import Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, is_etag
+from ._remote import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    CutReplyError,
+    Pool,
+    Retry,
+    is_etag,
+    whole,
+)
 
 __all__ = ["AzureBlobStore", "connect"]
 
@@ -66,11 +74,14 @@ class AzureBlobStore:
         def send() -> Blob | None:
             try:
                 download = blob.download_blob(**_REQUEST)
-                return Blob(download.readall(), download.properties.etag)
+                value: bytes = download.readall()
             except HttpResponseError as error:
                 if _code(error) == "BlobNotFound":
                     return None
                 raise
+            if len(value) != download.size:
+                raise CutReplyError(f"{len(value)} bytes of a value of {download.size}")
+            return Blob(value, whole(download.properties.etag))
 
         return _RETRY.ask(send)[0]
 
@@ -102,8 +113,7 @@ class AzureBlobStore:
                 if _code(error) in ("BlobAlreadyExists", "ConditionNotMet"):
                     return None
                 raise
-            etag: str = written["etag"]
-            return etag
+            return whole(written["etag"])
 
         return _RETRY.write(send, partial(self.get_with_etag, key), value)
 
@@ -162,8 +172,10 @@ def _code(error: HttpResponseError) -> str | None:
 def _unanswered(error: Exception) -> bool:
     if isinstance(error, HttpResponseError):
         status = error.status_code
-        return status is None or status >= 500 or status in (408, 429)
-    return isinstance(error, ServiceRequestError | ServiceResponseError)
+        return status is None or status >= 500 or status in (408, 429) or _code(error) is None
+    # The last three are what breaks in the SDK where a reply was cut.
+    broken = (LookupError, TypeError, ValueError)
+    return isinstance(error, (ServiceRequestError, ServiceResponseError, CutReplyError, *broken))
 
 
 _RETRY = Retry(_unanswered)

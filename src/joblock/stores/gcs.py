@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import re
 from functools import partial
+from hashlib import md5
 from typing import Any
 
 import requests
@@ -12,7 +14,14 @@ from google.api_core.exceptions import GoogleAPICallError, NotFound, Preconditio
 from google.auth.exceptions import TransportError
 
 from .._store import Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry
+from ._remote import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    CutReplyError,
+    Pool,
+    Retry,
+    whole,
+)
 
 __all__ = ["GcsBlobStore", "connect"]
 
@@ -64,7 +73,8 @@ class GcsBlobStore:
             except NotFound as error:
                 _raise_if_no_bucket(error)
                 return None
-            return Blob(value, str(blob.generation))
+            _check_hash(value, blob.md5_hash)
+            return Blob(value, whole(str(blob.generation)))
 
         return _RETRY.ask(send)[0]
 
@@ -95,7 +105,7 @@ class GcsBlobStore:
                 )
             except PreconditionFailed:
                 return None
-            return str(blob.generation)
+            return whole(str(blob.generation))
 
         return _RETRY.write(send, partial(self.get_with_etag, key), value)
 
@@ -127,6 +137,12 @@ def _generation(etag: str) -> int | None:
     return int(etag) if re.fullmatch("[1-9][0-9]{0,18}", etag) else None  # 0 would mean: a new key
 
 
+def _check_hash(value: bytes, md5_hash: str | None) -> None:
+    # Google sends it before the value; it tells more than a length, which the SDK does not show.
+    if md5_hash != base64.b64encode(md5(value, usedforsecurity=False).digest()).decode():
+        raise CutReplyError(f"{len(value)} bytes of a value with another hash")
+
+
 def _raise_if_no_bucket(error: NotFound) -> None:
     message: str = error.message  # method, URL, and Google's words: of an object, its name too
     if re.match(r"\S+ \S+: The specified bucket does not exist", message):
@@ -136,7 +152,9 @@ def _raise_if_no_bucket(error: NotFound) -> None:
 def _unanswered(error: Exception) -> bool:
     if isinstance(error, GoogleAPICallError):
         return error.code is None or error.code >= 500 or error.code in (408, 429)
-    return isinstance(error, requests.RequestException | TransportError)
+    # The last three are what breaks in the SDK where a reply was cut.
+    broken = (LookupError, TypeError, ValueError)
+    return isinstance(error, (requests.RequestException, TransportError, CutReplyError, *broken))
 
 
 _RETRY = Retry(_unanswered)

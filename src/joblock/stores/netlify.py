@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from .._store import TOMBSTONE, Blob
 from ._http import Answer, Connections
-from ._remote import READ_TIMEOUT_S, Retry, is_etag
+from ._remote import READ_TIMEOUT_S, CutReplyError, Retry, is_etag, whole
 
 __all__ = ["NetlifyBlobStore", "NetlifyBlobsError", "connect"]
 
@@ -144,7 +144,7 @@ class NetlifyBlobStore:
             answer = self._read(key)
             if etag is None or answer is None:
                 return None
-        return Blob(answer.body, etag)
+        return Blob(answer.body, whole(etag))
 
     def set_if_new(self, key: str, value: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if the key exists."""
@@ -177,10 +177,10 @@ class NetlifyBlobStore:
             if answer.status == 412:
                 return None
             etag = answer.headers.get("etag")
-            if etag is None:
-                blob = read()
-                etag = blob.etag if blob is not None and blob.value == value.encode() else None
-            return etag
+            if etag is not None:
+                return whole(etag)
+            blob = read()
+            return blob.etag if blob is not None and blob.value == value.encode() else None
 
         return _RETRY.write(send, read, value)
 
@@ -259,7 +259,7 @@ def _signed_url(answer: Answer) -> str:
 def _unanswered(error: Exception) -> bool:
     if isinstance(error, NetlifyBlobsError):
         return error.status >= 500 or error.status in (408, 429)
-    return isinstance(error, OSError | http.client.HTTPException)
+    return isinstance(error, OSError | http.client.HTTPException | CutReplyError)
 
 
 _RETRY = Retry(_unanswered)

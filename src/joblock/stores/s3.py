@@ -8,11 +8,21 @@ from functools import partial
 from typing import Any
 
 from botocore.config import Config
-from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 from botocore.exceptions import ConnectionError as NoConnectionError
+from botocore.parsers import ResponseParserError
 
 from .._store import TOMBSTONE, Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, DoubtfulRefusal, Pool, Retry, is_etag
+from ._remote import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    CutReplyError,
+    DoubtfulRefusal,
+    Pool,
+    Retry,
+    is_etag,
+    whole,
+)
 
 __all__ = ["QUICK", "S3BlobStore", "connect"]
 
@@ -77,8 +87,15 @@ class S3BlobStore:
                 if _reply(error)[1] == "NoSuchKey":
                     return None
                 raise
+            headers = response["ResponseMetadata"]["HTTPHeaders"]
             with closing(response["Body"]) as body:
-                return Blob(body.read(), response["ETag"])
+                value = body.read()
+            # Chunks tell their end themselves.
+            if "chunked" not in headers.get("transfer-encoding", "") and (
+                headers.get("content-length") != str(len(value))
+            ):
+                raise CutReplyError(f"{len(value)} bytes of a value of unknown length")
+            return Blob(value, whole(response["ETag"]))
 
         return _RETRY.ask(send)[0]
 
@@ -119,8 +136,7 @@ class S3BlobStore:
             except ClientError as error:
                 _raise_unless_refused(error)
                 return None
-            etag: str = response["ETag"]
-            return etag
+            return whole(response["ETag"])
 
         return _RETRY.write(send, partial(self.get_with_etag, key), value)
 
@@ -154,9 +170,13 @@ def _raise_unless_refused(error: ClientError) -> None:
 
 def _unanswered(error: Exception) -> bool:
     if isinstance(error, ClientError):
-        status, _, retries = _reply(error)
-        return retries == 0 and (status >= 500 or status in (408, 429))
-    return isinstance(error, (HTTPClientError, NoConnectionError))
+        status, code, retries = _reply(error)
+        # An error without its XML has the status for a code.
+        cut = code.isdigit()
+        return retries == 0 and (cut or status >= 500 or status in (408, 429))
+    # The last three are what breaks in botocore, and here, where a reply was cut.
+    broken = (IncompleteReadError, ResponseParserError, LookupError, ValueError)
+    return isinstance(error, (HTTPClientError, NoConnectionError, CutReplyError, *broken))
 
 
 _RETRY = Retry(_unanswered, pauses_s=(0.1,))  # boto3 has been patient already
