@@ -16,11 +16,14 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 import joblock
-from joblock.stores.sqlite import SqliteBlobStore
+from joblock.stores import sqlite
+from joblock.stores.sqlite import SqliteBlobStore, _own
 from tests.support import KEY, UID, VAULT, acquired, held
 
 
@@ -149,6 +152,7 @@ class TestAFileThatCannotBeUsed:
         """No endless wait, neither when opening nor when writing."""
         path = tmp_path / "jobs.db"
         with SqliteBlobStore(path, timeout=0.05) as store:
+            assert store.get(KEY) is None
             other = sqlite3.connect(path, isolation_level=None)
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(sqlite3.OperationalError, match=f"^{path}: database is locked"):
@@ -182,7 +186,7 @@ def test_a_call_does_not_wait_for_other_threads_longer_than_the_timeout(tmp_path
         entered, leave = threading.Event(), threading.Event()
 
         def occupy() -> None:
-            with store._lock:
+            with _own(store._locks):
                 entered.set()
                 leave.wait(30)
 
@@ -217,9 +221,11 @@ def test_settings(tmp_path: Path) -> None:
         store.set(KEY, "x")
         connection = store._connection
         assert connection is not None
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == (b"wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (1,)
-        assert connection.execute("SELECT key, value FROM joblock").fetchall() == [(KEY, "x")]
+        assert connection.execute("SELECT key, value FROM joblock").fetchall() == [
+            (KEY.encode(), b"x")
+        ]
 
 
 def test_close_and_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +386,8 @@ class TestFork:
                 return [fd for fd in fds if fd.resolve() == Path(sys.argv[1])]
 
             store = SqliteBlobStore(sys.argv[1])
+            assert len(opened()) == 0
+            store.get("k")
             assert len(opened()) == 1
             pid = os.fork()
             if pid == 0:
@@ -533,3 +541,172 @@ def test_a_lock_survives_the_sigkill_of_its_owner(
         later = acquired(joblock.acquire_job_lock(store, UID, VAULT, clock=lambda: deadline))
         assert later.took_over == existing
     assert_intact(tmp_path / "jobs.db")
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="this system has no users")
+class TestSeveralUsers:
+    """One user's look at the file must not take it from its owner."""
+
+    @pytest.fixture
+    def shared(self) -> Iterator[Path]:
+        if os.getuid() != 0:
+            pytest.skip("only root can become two users")
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o777)
+            yield folder / "jobs.db"
+
+    LOOK = """
+    import os, sqlite3, sys, joblock
+    from joblock.stores.sqlite import SqliteBlobStore
+    os.setgid(65534); os.setuid(65534)
+    try:
+        print(joblock.peek_job_lock(SqliteBlobStore(sys.argv[1]), "u", "v"))
+    except sqlite3.OperationalError as error:
+        print(error)
+    """
+
+    def test_who_may_not_write_leaves_nothing_behind(self, shared: Path) -> None:
+        """It is told what is wrong; the owner's jobs go on."""
+        with SqliteBlobStore(shared) as store:
+            assert joblock.acquire_job_lock(store, "u", "v")
+        assert [path.name for path in shared.parent.iterdir()] == ["jobs.db"]
+        looked = run_python(self.LOOK, shared)
+        assert (looked.returncode, looked.stderr) == (0, "")
+        assert looked.stdout == f"{shared}: readonly: this user may not write jobs.db\n"
+        assert [path.name for path in shared.parent.iterdir()] == ["jobs.db"]
+        owner = """
+        import os, sys, joblock
+        from joblock.stores.sqlite import SqliteBlobStore
+        os.setgid(1); os.setuid(1)
+        assert joblock.release_job_lock(SqliteBlobStore(sys.argv[1]), "u", "v")
+        """
+        os.chown(shared, 1, 1)
+        worked = run_python(owner, shared)
+        assert (worked.returncode, worked.stderr) == (0, "")
+
+    @pytest.mark.parametrize("beside", ["jobs.db-wal", "jobs.db-shm"])
+    def test_a_file_beside_it_that_is_anothers(self, shared: Path, beside: str) -> None:
+        """As an earlier version left them: it names the file."""
+        SqliteBlobStore(shared).close()
+        shared.chmod(0o666)
+        shared.with_name(beside).touch(mode=0o644)
+        looked = run_python(self.LOOK, shared)
+        assert looked.stdout == f"{shared}: readonly: this user may not write {beside}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+class TestAForkThatPythonIsNotToldOf:
+    """As uWSGI's and other C code's; tests/integration/test_uwsgi.py has the real one."""
+
+    def test_a_store_that_was_only_made_works_in_each(self, tmp_path: Path) -> None:
+        """One winner of ten rounds each."""
+        result = run_python(
+            """
+            import ctypes, os, sys, joblock
+            from joblock.stores.sqlite import SqliteBlobStore
+            store = SqliteBlobStore(sys.argv[1])
+            fork = ctypes.CDLL(None).fork
+            children = []
+            for _ in range(4):
+                child = fork()
+                if child == 0:
+                    won = [bool(joblock.acquire_job_lock(store, "u", str(n))) for n in range(10)]
+                    os._exit(sum(won))
+                children.append(child)
+            print(sum(os.waitstatus_to_exitcode(os.waitpid(it, 0)[1]) for it in children))
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert (result.stdout, result.stderr) == ("10\n", "")
+
+    def test_a_store_that_was_used_before_is_refused(self, tmp_path: Path) -> None:
+        """SQLite would take the parent's locks for the child's; it names the remedy."""
+        result = run_python(
+            """
+            import ctypes, os, sqlite3, sys, joblock
+            from joblock.stores.sqlite import SqliteBlobStore
+            store = SqliteBlobStore(sys.argv[1])
+            won = joblock.acquire_job_lock(store, "u", "v")
+            child = ctypes.CDLL(None).fork()
+            if child == 0:
+                try:
+                    store.get("k")
+                except sqlite3.ProgrammingError as error:
+                    print(error, flush=True)
+                store.close()
+                os._exit(0)
+            os.waitpid(child, 0)
+            print(joblock.release_job_lock(store, "u", "v", expected_job_id=won.job_id).released)
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert "--lazy-apps" in result.stdout
+        assert result.stdout.endswith("\nTrue\n")
+        assert result.stderr == ""
+
+    def test_a_lock_that_another_thread_had_is_not_waited_for(self, tmp_path: Path) -> None:
+        """Neither the store's nor that of all stores."""
+        result = run_python(
+            """
+            import ctypes, os, sys
+            from joblock.stores import sqlite
+            store = sqlite.SqliteBlobStore(sys.argv[1])
+            with sqlite._own(store._locks), sqlite._own(sqlite._registry):
+                pid = ctypes.CDLL(None).fork()
+                if pid == 0:
+                    import threading
+                    def use():
+                        sqlite.SqliteBlobStore(sys.argv[1] + "2").set("k", "x")
+                        store.set("k", "x")
+                    thread = threading.Thread(target=use, daemon=True)
+                    thread.start()
+                    thread.join(30)
+                    os._exit(thread.is_alive())
+                print(os.waitpid(pid, 0)[1])
+            """,
+            tmp_path / "jobs.db",
+        )
+        assert (result.stdout, result.stderr) == ("0\n", "")
+
+    def test_the_hook_alone_releases_nothing(self) -> None:
+        """With uWSGI's --py-call-osafterfork only the last of Python's hooks is called."""
+        sqlite._after_fork()
+        sqlite._after_fork()
+
+
+class InterruptError(Exception):
+    """What a signal handler raises."""
+
+
+def test_an_exception_during_a_read_leaves_no_statement_open(tmp_path: Path) -> None:
+    """While it is kept, the file is not read as it was then, and nobody waits to write."""
+    path = tmp_path / "jobs.db"
+    kept: list[Exception] = []
+    with SqliteBlobStore(path) as store, SqliteBlobStore(path, timeout=0) as other:
+        store.set(KEY, "0")
+        for step in range(1, 200):
+            left = step
+
+            def trace(frame: FrameType, event: str, arg: Any) -> Any:
+                nonlocal left
+                frame.f_trace_opcodes = True
+                left -= 1
+                if left == 0:
+                    raise InterruptError
+                return trace
+
+            sys.settrace(trace)
+            try:
+                store.get_with_etag(KEY)
+            except InterruptError as error:
+                kept.append(error)
+            finally:
+                sys.settrace(None)
+            other.set(KEY, str(step))
+            assert store.get(KEY) == str(step)
+            with sqlite3.connect(path, isolation_level=None) as checking:
+                busy, *_ = checking.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            checking.close()
+            assert busy == 0, "a statement is still open"
+    assert len(kept) > 50

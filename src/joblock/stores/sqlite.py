@@ -45,6 +45,7 @@ class SqliteBlobStore:
     """
 
     _connection: sqlite3.Connection | None = None
+    _connected_by = 0  # the process
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 5.0) -> None:
         if os.fspath(path) in ("", ":memory:"):
@@ -54,10 +55,12 @@ class SqliteBlobStore:
         self._path = Path(path).absolute()
         self._timeout = timeout
         self._closed = False
-        self._lock = threading.RLock()
-        with _registry:
+        self._locks: dict[int, threading.RLock] = {}
+        with _own(_registry):
             _open_stores.add(self)
         self._execute("SELECT 1")
+        with _own(self._locks):  # a process that only makes the store may be forked in any way
+            self._disconnect()
 
     def __repr__(self) -> str:
         return f"SqliteBlobStore({str(self._path)!r})"
@@ -81,14 +84,14 @@ class SqliteBlobStore:
 
     def close(self) -> None:
         """Close the connection. Every later call raises `sqlite3.ProgrammingError`."""
-        with self._lock:
+        with _own(self._locks):
             self._closed = True
             self._disconnect()
 
     def get(self, key: str) -> str | bytes | None:
         """Return the value, or None if there is no such key."""
         _, row = self._execute("SELECT value FROM joblock WHERE key = ?", key)
-        return None if row is None else row[0]
+        return None if row is None else _decode(row[0])
 
     def set(self, key: str, value: str) -> None:
         """Write the value, whatever was there."""
@@ -101,7 +104,7 @@ class SqliteBlobStore:
     def get_with_etag(self, key: str) -> Blob | None:
         """Return the value and its etag, or None if there is no such key."""
         _, row = self._execute("SELECT value, etag FROM joblock WHERE key = ?", key)
-        return None if row is None else Blob(*row)
+        return None if row is None else Blob(*map(_decode, row))
 
     def set_if_new(self, key: str, value: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if the key exists."""
@@ -129,19 +132,29 @@ class SqliteBlobStore:
         return deleted == 1
 
     def _execute(self, statement: str, *values: str) -> tuple[int, Any]:
+        lock = _own(self._locks)
         try:
             try:  # around the acquire too: a signal handler may raise as soon as it has returned
-                if not self._lock.acquire(timeout=self._timeout):
+                if not lock.acquire(timeout=self._timeout):
                     raise sqlite3.OperationalError("database is locked by another thread's call")
                 if self._connection is None:
                     self._connection = self._connect()
-                cursor = self._connection.execute(statement, values)
-                # A write has nothing to fetch, and a signal handler that forks may have closed
-                # the connection by now.
-                return cursor.rowcount, cursor.fetchone() if cursor.description else None
+                elif self._connected_by != os.getpid():
+                    raise sqlite3.ProgrammingError(_FORKED)
+                # Read to its end, and closed whatever comes: whoever keeps an exception would
+                # keep the statement open, and with it an old state of the file.
+                cursor = self._connection.cursor()
+                try:
+                    cursor.execute(statement, values)
+                    # A write has nothing to fetch, and a signal handler that forks may have
+                    # closed the connection by now.
+                    rows = cursor.fetchall() if cursor.description else []
+                    return cursor.rowcount, rows[0] if rows else None
+                finally:
+                    cursor.close()
             finally:
                 try:  # noqa: SIM105 - a signal handler may raise in a call of `suppress`, too
-                    self._lock.release()
+                    lock.release()
                 except RuntimeError:  # this thread does not have it: acquiring it failed
                     pass
         except sqlite3.Error as error:
@@ -153,7 +166,13 @@ class SqliteBlobStore:
             raise sqlite3.ProgrammingError("the store is closed")
         if not os.path.isdir(self._path.parent):  # noqa: PTH112 - it never raises
             raise sqlite3.OperationalError("unable to open database file: no such folder")
+        # SQLite would leave files of this user's beside it, which the file's owner cannot write.
+        for name in (self._path.name, f"{self._path.name}-wal", f"{self._path.name}-shm"):
+            path = self._path.with_name(name)
+            if os.access(path, os.F_OK) and not os.access(path, os.W_OK, effective_ids=_EFFECTIVE):
+                raise sqlite3.OperationalError(f"readonly: this user may not write {name}")
         deadline = time.monotonic() + self._timeout
+        self._connected_by = os.getpid()
         while True:
             connection = sqlite3.connect(
                 self._path, timeout=self._timeout, isolation_level=None, check_same_thread=False
@@ -170,18 +189,22 @@ class SqliteBlobStore:
                 return connection
 
     def _disconnect(self) -> None:
-        if self._connection is not None:
+        if self._connection is None:
+            return
+        if self._connected_by == os.getpid():
             self._connection.close()
-            self._connection = None
+        else:
+            _parents.append(self._connection)
+        self._connection = None
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    connection.text_factory = _decode
+    connection.text_factory = bytes  # no code of ours runs while a statement is open
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute(_CREATE)
     columns = connection.execute("SELECT name, pk FROM pragma_table_info('joblock')").fetchall()
-    if columns != [("key", 1), ("value", 0), ("etag", 0)]:
+    if columns != [(b"key", 1), (b"value", 0), (b"etag", 0)]:
         raise sqlite3.DatabaseError("its table joblock is not of joblock's making")
     connection.execute("BEGIN IMMEDIATE")  # a read-only file is found out now, not at a lock
     connection.execute("ROLLBACK")
@@ -192,33 +215,54 @@ def _is_busy(error: BaseException) -> bool:
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 
 
-def _decode(text: bytes) -> str:
-    return text.decode("utf-8", "replace")  # a value that others wrote must not be an error
+def _decode(value: Any) -> Any:
+    # A value that others wrote must not be an error.
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _new_etag() -> str:
     return os.urandom(16).hex()
 
 
+_FORKED = (
+    "this process was forked, in a way that Python was not told of, after its parent had used the "
+    "store: make it, or use it first, after the fork (uWSGI: --lazy-apps)"
+)
+_EFFECTIVE = os.access in os.supports_effective_ids
+
+
+def _own(locks: dict[int, threading.RLock]) -> threading.RLock:
+    """This process's lock: a fork may have copied its parent's while another thread had it."""
+    pid = os.getpid()
+    return locks.get(pid) or locks.setdefault(pid, threading.RLock())
+
+
 # SQLite forbids to use, and even to close, in a child a connection that was opened in its parent.
 # So there is none while a process forks: each store's is closed, and opened again when needed.
-_registry = threading.RLock()
+# Where C code forks, as uWSGI's, nobody calls these, or only the last: then there is nothing to
+# release, and a connection that was open is neither used nor closed.
+_registry: dict[int, threading.RLock] = {}
+_parents: list[sqlite3.Connection] = []  # kept for ever, since even to collect one would close it
 _open_stores: weakref.WeakSet[SqliteBlobStore] = weakref.WeakSet()
-_locked: list[SqliteBlobStore] = []
+_locked: list[threading.RLock] = []
 
 
 def _before_fork() -> None:
-    _registry.acquire()
+    _lock_for_fork(_registry)
     for store in _open_stores:
-        store._lock.acquire()
-        _locked.append(store)
+        _lock_for_fork(store._locks)
         store._disconnect()
+
+
+def _lock_for_fork(locks: dict[int, threading.RLock]) -> None:
+    lock = _own(locks)
+    lock.acquire()
+    _locked.append(lock)
 
 
 def _after_fork() -> None:
     while _locked:
-        _locked.pop()._lock.release()
-    _registry.release()
+        _locked.pop().release()
 
 
 with contextlib.suppress(AttributeError):  # Windows has no fork
