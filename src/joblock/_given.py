@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from numbers import Integral, Real
 from typing import Protocol, TypeVar, runtime_checkable
 
 from ._errors import JobLockWarning
@@ -25,8 +26,6 @@ def number(value: object) -> float | None:
     """`value` as an int or a float, if it is a finite real number of any type, else None."""
     if isinstance(value, (int, float)):
         return as_number(value)
-    from numbers import Integral, Real  # late, as few need it: numpy's numbers, fractions
-
     if not isinstance(value, Real):
         return None
     try:
