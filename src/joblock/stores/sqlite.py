@@ -167,10 +167,10 @@ class SqliteBlobStore:
         if not os.path.isdir(self._path.parent):  # noqa: PTH112 - it never raises
             raise sqlite3.OperationalError("unable to open database file: no such folder")
         # SQLite would leave files of this user's beside it, which the file's owner cannot write.
-        for name in (self._path.name, f"{self._path.name}-wal", f"{self._path.name}-shm"):
-            path = self._path.with_name(name)
-            if os.access(path, os.F_OK) and not os.access(path, os.W_OK, effective_ids=_EFFECTIVE):
-                raise sqlite3.OperationalError(f"readonly: this user may not write {name}")
+        if os.access(self._path, os.F_OK) and not os.access(
+            self._path, os.W_OK, effective_ids=_EFFECTIVE
+        ):
+            raise sqlite3.OperationalError("readonly: this user may not write the file")
         deadline = time.monotonic() + self._timeout
         self._connected_by = os.getpid()
         while True:
