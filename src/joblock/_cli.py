@@ -62,6 +62,8 @@ class _Arguments(argparse.Namespace):
     # release
     job_id: str | None
     force: bool
+    # doctor
+    timeout: int
 
 
 # What the arguments of the functions are called on the command line.
@@ -161,7 +163,7 @@ def _release(args: _Arguments) -> int:
 
 
 def _doctor(args: _Arguments) -> int:
-    findings = check_store(_open(args.store))
+    findings = check_store(_open(args.store), timeout_s=args.timeout / 1000)
     for finding in findings:
         print_lines(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.check}: {finding.message}")
     return 0 if all(finding.ok for finding in findings) else CHECK_FAILED
@@ -231,7 +233,15 @@ def _parser() -> argparse.ArgumentParser:
         help="read whose it is, and remove it if it still is; the job itself is not stopped",
     )
 
-    _add(commands, "doctor", _doctor, "check that the store can keep a lock", _DOCTOR_EXAMPLE, ())
+    about = "check that the store can keep a lock"
+    doctor = _add(commands, "doctor", _doctor, about, _DOCTOR_EXAMPLE, ())
+    doctor.add_argument(
+        "--timeout",
+        type=_duration,
+        default="2m",
+        metavar="TIME",
+        help="after how long to begin no further check (default: 2m)",
+    )
     return parser
 
 

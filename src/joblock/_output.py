@@ -85,7 +85,8 @@ def print_lines(*lines: str) -> None:
     encoding = sys.stdout.encoding
     try:
         for line in lines:
-            print(_printable(line).encode(encoding, "backslashreplace").decode(encoding))
+            shown = _printable(line).encode(encoding, "backslashreplace").decode(encoding)
+            sys.stdout.write(shown + "\n")
         sys.stdout.flush()
     except OSError as error:
         # Python would complain again when it flushes at exit.
@@ -98,7 +99,9 @@ def say(text: str) -> None:
     if sys.stderr is None:
         return
     with contextlib.suppress(OSError):  # nobody may be there to read it
-        print(_short(_printable(f"joblock: {_SECRETS.sub('...', text)}")), file=sys.stderr)
+        # In one write, or the lines of two threads are mixed.
+        sys.stderr.write(_short(_printable(f"joblock: {_SECRETS.sub('...', text)}")) + "\n")
+        sys.stderr.flush()
 
 
 _SECRETS = re.compile(r"(?<=://)\S+(?=@)|(?<=\?)[^\s=]+=\S+")  # of a URL in an SDK's error

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +61,7 @@ class Finding(Value):
         return self.ok
 
 
-def check_store(store: BlobStore) -> list[Finding]:
+def check_store(store: BlobStore, *, timeout_s: float = 120) -> list[Finding]:
     """Try what the lock needs on a live, blocking store, under throwaway keys.
 
     Returns one finding for each check, always in the same order: "conditional-writes", what every
@@ -73,6 +74,9 @@ def check_store(store: BlobStore) -> list[Finding]:
     permissions that the lock needs and no others; locks are not touched. Every key is deleted at
     the end, whatever happened; one that may be left is named in "clean-up".
 
+    If the store does not answer the first of them, or `timeout_s` seconds are over after one, the
+    others are not tried, which their findings say. A call that hangs is not ended by it.
+
     Raises:
         TypeError: this is no store, or has only some of the conditional methods, or is async:
             then check the blocking store that it wraps.
@@ -81,8 +85,9 @@ def check_store(store: BlobStore) -> list[Finding]:
     if is_conditional(store):
         with ThreadPoolExecutor(_CONTENDERS) as threads:
             probe = _ConditionalProbe(store, threads)
-            return [_CONDITIONAL, *_findings(probe, {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS})]
-    return [_NOT_CONDITIONAL, *_findings(_Probe(store), _PLAIN_CHECKS)]
+            checks = {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS}
+            return [_CONDITIONAL, *_findings(probe, checks, timeout_s)]
+    return [_NOT_CONDITIONAL, *_findings(_Probe(store), _PLAIN_CHECKS, timeout_s)]
 
 
 _CONDITIONAL = Finding(True, "conditional-writes", "the store has the four conditional methods")
@@ -136,9 +141,20 @@ class _Probe:
         """Raise unless every way of reading gives `value`."""
         _same("get", self.get(key), value, after)
 
-    def clean_up(self) -> Finding:
+    def answers(self) -> bool:
+        """Whether the store answers at all, be it wrongly."""
+        try:
+            self._store.get(self._keys[0])
+        except Exception:
+            return False
+        return True
+
+    def clean_up(self, untried: str) -> Finding:
         left: dict[str, str] = {}
         for key in self._keys:
+            if untried and left:  # it still does not answer: each further key would take as long
+                left[key] = untried
+                continue
             try:
                 self.delete(key)
                 if self.get(key) is not None:
@@ -211,11 +227,24 @@ class _ConditionalProbe(_Probe):
 _P = TypeVar("_P", bound=_Probe)
 
 
-def _findings(probe: _P, checks: Mapping[str, Callable[[_P], str]]) -> list[Finding]:
+def _findings(
+    probe: _P, checks: Mapping[str, Callable[[_P], str]], timeout_s: float
+) -> list[Finding]:
+    findings: list[Finding] = []
+    over = time.monotonic() + timeout_s
+    untried = ""
     try:
-        findings = [_finding(name, check, probe) for name, check in checks.items()]
+        for name, check in checks.items():
+            if untried:
+                findings.append(Finding(False, name, untried))
+                continue
+            findings.append(_finding(name, check, probe))
+            if len(findings) == 1 and not findings[0] and not probe.answers():
+                untried = "not tried, since the store did not answer"
+            elif time.monotonic() >= over:
+                untried = f"not tried, since {timeout_s:g} seconds are over"
     finally:
-        cleaned_up = probe.clean_up()
+        cleaned_up = probe.clean_up(untried)
     return [*findings, cleaned_up]
 
 

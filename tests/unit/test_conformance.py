@@ -445,14 +445,28 @@ def test_whichever_call_raises_it_is_a_finding_and_all_is_cleaned_up() -> None:
 
 
 def test_a_store_that_only_raises_is_no_crash() -> None:
-    """Wrong credentials: every check says so, the clean-up once for all its keys."""
+    """Wrong credentials: the first check says so, the others are not tried and say that."""
     store = Flaky(lambda _number, _name: True)
     findings = check_store(store)
     assert [finding.check for finding in findings] == ALL
     found = failing(findings)
     assert found.keys() == set(ALL) - {"conditional-writes"}
-    assert all(it.startswith("raised OSError: 429 Too Many Requests") for it in found.values())
-    assert found["clean-up"].count("raised") == 1
+    first = found.pop("read-your-writes")
+    assert first.startswith("raised OSError: 429 Too Many Requests")
+    assert found.pop("clean-up").count("raised") == 1
+    assert set(found.values()) == {"not tried, since the store did not answer"}
+    assert store.calls <= 5
+
+
+def test_no_check_begins_after_the_time_is_over() -> None:
+    """It says which were left out; what was written is deleted all the same."""
+    store = MemoryBlobStore()
+    findings = check_store(store, timeout_s=0)
+    assert [finding.check for finding in findings] == ALL
+    assert findings[1].ok
+    assert {it.message for it in findings[2:-1]} == {"not tried, since 0 seconds are over"}
+    assert findings[-1].ok
+    assert list(store) == []
 
 
 def test_errors_that_name_their_key_are_told_once() -> None:
@@ -513,7 +527,7 @@ def test_an_error_that_cannot_be_printed_is_no_crash() -> None:
         def get(self, key: str) -> str | None:
             raise UnprintableError
 
-    assert "UnprintableError" in failing(check_store(Store()))["text-unchanged"]
+    assert "UnprintableError" in failing(check_store(Store()))["read-your-writes"]
 
 
 def test_an_interrupt_reaches_the_caller_and_the_keys_are_deleted() -> None:
