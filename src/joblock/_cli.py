@@ -311,7 +311,7 @@ def _add(
         "--store",
         metavar="URL",
         help="such as s3://bucket/prefix or sqlite:PATH (default: JOBLOCK_STORE, else the SQLite "
-        "file joblock/jobs.db in ~/.local/state or your system's like of it, which serves this "
+        "file joblock/jobs.db in ~/.local/state or the like on other systems, which serves this "
         "user on this host only)",
     )
     return parser

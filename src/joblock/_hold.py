@@ -85,36 +85,37 @@ def hold_job_lock(
 ) -> AbstractContextManager[OwnedJobLock]:
     """Hold the lock of `(canister_uid, vault_id)` for as long as the `with` block runs.
 
-    Entering acquires, with `acquire_job_lock`'s keywords, and gives a `OwnedJobLock`. A daemon
+    Entering acquires, with `acquire_job_lock`'s keywords, and gives an `OwnedJobLock`. A daemon
     thread renews the lock every `renew_every_ms`, so a job may run for hours with a TTL of a
     minute, and if its process is killed the lock is free within that minute. The default is a
     third of the TTL: an outage of the store that swallows two renewals is survived, because one
-    that failed is retried after a quarter of the interval. Whatever the block raises, leaving
-    releases the lock.
+    that failed is retried after a quarter of the interval. That thread calls the store, in a copy
+    of the caller's context variables. Whatever the block raises, leaving releases the lock.
 
-    The lock is lost when another job has it, when its record is gone, or when no renewal
-    succeeded before the lease's deadline, which passes here no later than for any host whose
-    clock agrees. `lost` and `check()` tell the block, which is not interrupted. Leaving it then
-    raises `JobLockLostError`, or adds a note to what the block itself raised, and releases nothing.
+    The lock is this job's by its job id and its `started_at`. It is lost when another has it, when
+    its record is gone, or when no renewal succeeded before the lease's deadline: by real time, no
+    later than for any host whose clock agrees, and by the caller's `clock`, by which others on
+    this host decide. No renewal moves the deadline back. `lost` and `check()` tell the block,
+    which is not interrupted. Leaving it then raises `JobLockLostError`, or adds a note to what the
+    block itself raised, and releases nothing.
 
-    `clock` only dates the record; renewals, `lost` and the deadline go by real time. So a test of a
-    loss puts another record in the store, or none, and gives a small `renew_every_ms`.
-
+    Entering that fails, or that a signal handler interrupts, releases what it may have written.
     Leaving waits until the store has answered, at the longest until the lease's deadline. What a
     signal handler raises meanwhile, such as KeyboardInterrupt, goes on after that; a second one
     ends the waiting. A release that fails is only logged, since the job is done and its lease will
     expire. A block that is left in a forked child releases nothing. What this returns is for one
     `with` block.
 
-    The logger "joblock" tells of a takeover, a failed renewal or a failed release (WARNING) and
-    of a loss (ERROR).
+    The logger "joblock" writes a WARNING for a takeover, a failed renewal or a failed release, and
+    an ERROR for a loss.
 
     Raises:
         JobLockHeldError: on entering; another job has the lock. Nothing was written.
         JobLockLostError: on leaving; another job may have run at the same time.
         InvalidIdError, TypeError, StoreContentionError: on entering, as `acquire_job_lock`.
-        ValueError: also if `renew_every_ms` is not more than 0, and less than the TTL by more
-            than a millisecond. Nothing was written.
+        ValueError: also if `ttl_ms` is not a positive finite number or a timedelta, or if
+            `renew_every_ms` is not more than 0, and less than the TTL by more than a millisecond.
+            Nothing was written.
         Exception: what the store raised on entering, as `acquire_job_lock`.
     """
     blocking = view(store, _protocol.HOLD_NEEDS)

@@ -51,8 +51,9 @@ def acquire_job_lock(
     free; on a plain store several may.
 
     `actor_uid`, `chunks_to_embed`, `estimated_seconds` and `reason` only describe the job; a value
-    of the wrong type is recorded as null. `ttl_ms` is the lease in milliseconds, from just before
-    the write; what is not a positive finite number is the default. `clock_skew_ms` is for how much
+    of the wrong type is recorded as null, with a `JobLockWarning`. `ttl_ms` is the lease in
+    milliseconds, or a `timedelta`, from just before the write; what is not positive and finite is
+    the default, with a warning. `clock_skew_ms` is for how much
     longer than its own deadline a lease is honoured: the most by which the clocks of your hosts
     may differ. `clock` returns epoch milliseconds, `uuid_factory` the new job's id.
 
@@ -149,7 +150,7 @@ def renew_job_lock(
     etag: str | None = None,
     record: JobLockRecord | None = None,
 ) -> Renewed | Lost:
-    """Move the deadline of `expected_job_id`'s lock to `ttl_ms` from now.
+    """Move the deadline of `expected_job_id`'s lock to `ttl_ms` from now, but never back.
 
     Returns `Renewed`, or `Lost` with the reason (those of a release) and the record that is there
     now. A lock that has expired but was not taken over is renewed. With both the `record` and the
@@ -159,6 +160,7 @@ def renew_job_lock(
     Raises:
         InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
             string, or `record` is another job's. Nothing was written.
+        ValueError: `ttl_ms` is not a positive finite number or a timedelta. Nothing was written.
         TypeError: the store lacks methods or is async, or the clock gives no finite number.
             Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
         StoreContentionError: the record changed each time. The deadline is unchanged by this

@@ -187,8 +187,10 @@ def hold_job_lock(
 
     A task renews the lock. A block that is cancelled releases it like any other, and so does one
     that is cancelled again while leaving; the cancellation goes on once the store has answered.
-    Entering that is cancelled may have taken the lock, as `acquire_job_lock`. A block that keeps
-    the event loop busy for longer than the lease loses its lock.
+    After the fourth cancellation nobody waits any more, and the task goes on in the background.
+    Entering that is cancelled leaves no lock behind, as `acquire_job_lock`. A block that keeps the
+    event loop busy for longer than the lease loses its lock. Left in another event loop than it
+    was entered in, it releases the lock and raises RuntimeError.
     """
     _require_async(store, _protocol.HOLD_NEEDS)
     return _Hold(
