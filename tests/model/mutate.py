@@ -1,6 +1,6 @@
-"""A mutation check of the two files that decide: `python -m tests.model.mutate`.
+"""A mutation check of the files that decide: `python -m tests.model.mutate`.
 
-Each mutant is one small change to `_protocol.py` or `_record.py`, in a copy of the project; it is
+Each mutant is one small change to one of `FILES`, in a copy of the project; it is
 killed when a test fails. Survivors are printed: each is a missing test, or a change without effect.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 ROOT = Path(__file__).parents[2]
-FILES = ("_protocol.py", "_record.py")
+FILES = ("_protocol.py", "_record.py", "_ids.py")
 TESTS = ["tests/unit", "tests/integration/test_node.py", "tests/model/test_exhaustive.py"]
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,

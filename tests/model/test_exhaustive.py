@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from joblock import Acquired, Held, JobLockRecord, _protocol
 from tests.model.broken import BROKEN, SOUND
 from tests.model.search import exhaustive
 from tests.model.world import INITIAL, Algorithm, Limits, World
@@ -58,6 +60,49 @@ def test_no_schedule_breaks_a_promise(
     assert searched.found is None, str(searched.found)
     assert searched.states >= 0.9 * states, "the search has gone shallow"
     assert searched.schedules > searched.states / 10
+
+
+def acquiring(*, id_is_new: bool) -> Algorithm:
+    """As with ids that are drawn at random; the checker's own are new, too."""
+
+    async def acquire(
+        store: Any, uid: str, vault: str, *, ttl_ms: float, clock: Any, uuid_factory: Any
+    ) -> Acquired | Held:
+        return await _protocol.acquire(
+            store,
+            uid,
+            vault,
+            described=JobLockRecord(None, uid, vault),
+            ttl_ms=ttl_ms,
+            clock_skew_ms=0,
+            clock=clock,
+            uuid_factory=uuid_factory,
+            id_is_new=id_is_new,
+        )
+
+    return Algorithm(acquire=acquire)
+
+
+REPEATING = Limits(operations=2, ticks=1, faults=1, crashes=0, refused=True)
+REPEATED = {"no record": 13149, "live": 9458, "expired": 35794}
+
+
+@pytest.mark.parametrize("start", REPEATED)
+def test_a_store_whose_client_repeats_its_requests(start: str) -> None:
+    """A write that took effect and is then refused: nobody owns twice, nobody refuses himself."""
+    world = World(acquiring(id_is_new=True), REPEATING)
+    searched = exhaustive(world, world.start(INITIAL[start], 2))
+    print(f"{searched.schedules} schedules, {searched.states} states, {searched.steps} steps")
+    assert searched.found is None, str(searched.found)
+    assert searched.states >= 0.9 * REPEATED[start], "the search has gone shallow"
+
+
+def test_a_lock_that_is_refused_by_its_own_record_is_caught() -> None:
+    """As it was before a record was compared with what the call had written."""
+    world = World(acquiring(id_is_new=False), REPEATING)
+    found = exhaustive(world, world.start(None, 1)).found
+    assert found is not None
+    assert found.broken == "refused by its own record"
 
 
 @pytest.mark.parametrize("name", BROKEN)

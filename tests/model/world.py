@@ -35,6 +35,7 @@ from joblock import (
 from joblock._protocol import ROUNDS
 
 TIME_PASSES = "time passes: every lease expires"
+REFUSED = "takes effect, repeated and refused"
 TTL = 100
 START = 1_000
 UID, VAULT = "u", "v"
@@ -73,6 +74,7 @@ class Limits(NamedTuple):
     crashes: int
     renewals: bool = True
     without_etag: bool = True  # also release and renew without the etag that the client has
+    refused: bool = False  # a fault may be that the client is refused by its own repeated write
 
 
 # A value and its etag. In a state etags are `#n`, numbered by where they occur in it.
@@ -216,6 +218,8 @@ class World:
                 if state.faults < limits.faults:
                     yield Action("fails", number)
                     yield Action("takes effect, reply lost", number)
+                    if limits.refused:
+                        yield Action(REFUSED, number)
             if state.crashes < limits.crashes and (client.op is not None or client.lease):
                 yield Action("crash", number)
         if state.ticks < limits.ticks:
@@ -300,6 +304,11 @@ class World:
                 client = client._replace(present=(*client.present, text))
         if what == "effect":
             return self._with(state, client._replace(reply=reply, moved_at=state.now)), story
+        if what == REFUSED and reply.kind in ("etag", "bool"):
+            no = Reply("none" if reply.kind == "etag" else "bool")
+            refused = client._replace(reply=no, moved_at=state.now)
+            after = self._with(state, refused, faults=state.faults + 1)
+            return after, f"{story}, but repeated and refused"
         lost = client._replace(reply=Reply("down"), moved_at=state.now)
         return self._with(state, lost, faults=state.faults + 1), f"{story}, but the reply is lost"
 
@@ -326,6 +335,7 @@ class World:
             case Held(existing):
                 texts = [JobLockRecord.from_json(text) for text in client.present]
                 check(existing in texts, "Held shows a record that was not there")
+                check(existing.job_id != op.job, "refused by its own record")
                 check(existing.is_live(op.now), "Held by a record that had expired before the call")
                 ended = ended._replace(job="")
             case Renewed(record, etag):

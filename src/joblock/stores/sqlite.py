@@ -38,6 +38,10 @@ class SqliteBlobStore:
     reports is raised as a `sqlite3.Error` whose text begins with the path; a file that cannot be
     opened or written, or is no database, is found out here, at once.
 
+    Who may not write the file cannot read it either: SQLite would leave files beside it that the
+    others cannot write. A store that was made before a fork works in each child. One that was used
+    before a fork that Python is not told of, as uWSGI's, raises `sqlite3.ProgrammingError` there.
+
     Close it with `close()` or `with`. Do not delete or replace the file while any process has it
     open: that process would go on with the old one. To free a lock, release it. Give it a file of
     its own if your process forks: SQLite forgets its locks in a child if a connection of your own
