@@ -21,10 +21,12 @@ from .one_host import free, refused
 from .requests import requests
 from .startup import startup
 from .table import show, show_header
+from .threaded import threaded
 
 PARTS = {
     "free": ("Acquire and release of a free lock", free),
     "refused": ("Refused acquire: a double click", refused),
+    "threaded": ("Async, in a thread", threaded),
     "requests": ("Requests on S3, and dollars per million", requests),
     "contention": ("Processes on one SQLite file", contention),
     "growth": ("Many locks", growth),
