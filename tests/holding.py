@@ -41,6 +41,12 @@ def levels(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.levelname for record in caplog.records if record.name == "joblock"]
 
 
+def assert_logged(caplog: pytest.LogCaptureFixture, *expected: str) -> None:
+    """Wait for these levels: who notices a loss first logs it, perhaps after another has raised."""
+    poll(lambda: len(levels(caplog)) >= len(expected))
+    assert levels(caplog) == [*expected]
+
+
 class FlakyStore(RecordingStore):
     """Each write of a renewal first does what `script` says next, if it says anything."""
 

@@ -291,6 +291,7 @@ class TestASignalHandlerThatRaises:
 
             signal.signal(signal.SIGALRM, end)
             with SqliteBlobStore(sys.argv[1], timeout=0) as store:
+                store.get("k")
                 for _ in range(2000):
                     try:
                         signal.setitimer(signal.ITIMER_REAL, random.uniform(20e-6, 200e-6))

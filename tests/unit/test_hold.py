@@ -33,6 +33,7 @@ from tests.holding import (
     HOUR,
     OFTEN,
     FlakyStore,
+    assert_logged,
     fail,
     levels,
     make_keeper,
@@ -118,7 +119,7 @@ class TestHolding:
 
         hold(store, body)
         assert taken == [crashed.record]
-        assert levels(caplog) == ["WARNING"]
+        assert_logged(caplog, "WARNING")
         assert crashed.job_id in caplog.text
 
     @pytest.mark.parametrize("every", [0, -1, float("nan"), float("inf"), "5", True, 999, 2000])
@@ -234,7 +235,7 @@ class TestHolding:
         assert there.job_id == "other"
         assert caught.value.current == there
         assert caught.value.__cause__ is None
-        assert levels(caplog) == ["ERROR"]
+        assert_logged(caplog, "ERROR")
 
     def test_a_body_that_raises_after_a_loss(self, hold: Hold) -> None:
         """Its exception goes through, with a note."""
@@ -287,7 +288,7 @@ class TestHolding:
             hold(store, until_logged, **OFTEN)
         finally:
             logger.removeFilter(broken)
-        assert levels(caplog) == ["ERROR"]
+        assert_logged(caplog, "ERROR")
         assert "does not renew" in caplog.text
         assert "builtins.RuntimeError" in caplog.text
         assert list(store) == []

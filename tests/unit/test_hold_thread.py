@@ -21,7 +21,7 @@ from tests.holding import (
     MINUTE,
     OFTEN,
     FlakyStore,
-    levels,
+    assert_logged,
     poll,
     renewing_threads,
     store_that_hangs,
@@ -61,7 +61,7 @@ class TestAThread:
         store.script = [lambda: exec("raise SystemExit")]  # noqa: S102
         with hold_job_lock(store, UID, VAULT, **OFTEN):
             poll(lambda: not renewing_threads())
-        assert levels(caplog) == ["ERROR"]
+        assert_logged(caplog, "ERROR")
         assert "builtins.SystemExit" in caplog.text
         assert list(store) == []
 
@@ -82,7 +82,7 @@ class TestAThread:
         store.before["delete_if_match"] = lambda: exec("raise SystemExit")  # noqa: S102
         with pytest.raises(SystemExit), hold_job_lock(store, UID, VAULT):
             pass
-        assert levels(caplog) == ["ERROR"]
+        assert_logged(caplog, "ERROR")
 
     def test_a_hanging_renewal(self, caplog: pytest.LogCaptureFixture) -> None:
         """The loss is noticed while it hangs, and leaving does not wait for it."""
@@ -99,7 +99,7 @@ class TestAThread:
             assert renewing_threads()
         finally:
             answer.set()
-        assert levels(caplog) == ["ERROR"]
+        assert_logged(caplog, "ERROR")
 
     def test_a_body_that_ends_while_a_renewal_hangs(self, caplog: pytest.LogCaptureFixture) -> None:
         """Leaving waits for the deadline and no longer; the job was done in time."""
@@ -109,7 +109,7 @@ class TestAThread:
                 assert hanging.wait(30)
                 assert not lock.lost
             assert not answer.is_set()
-            assert levels(caplog) == ["WARNING"]
+            assert_logged(caplog, "WARNING")
             assert "no answer from the store" in caplog.text
         finally:
             answer.set()
