@@ -30,9 +30,6 @@ from ._store import (
 )
 from .stores.memory import MemoryBlobStore
 
-if TYPE_CHECKING:
-    from . import aio as aio
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -74,7 +71,9 @@ for _name in __all__:
     if getattr(globals()[_name], "__module__", "").startswith("joblock._"):
         globals()[_name].__module__ = __name__
 
-if not TYPE_CHECKING:  # or every misspelt name would pass a type checker
+if TYPE_CHECKING:
+    from . import aio as aio
+else:  # not for type checkers, or every misspelt name would pass
 
     def __getattr__(name):
         if name == "aio":  # imported when it is asked for: asyncio is half of a start

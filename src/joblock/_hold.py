@@ -8,6 +8,7 @@ is done again from its first line, which is safe.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import sys
 import threading
@@ -207,7 +208,7 @@ class _Hold:
         if keeper.forked:
             return
         keeper.end()
-        if self._ended.locked():
+        with contextlib.suppress(RuntimeError):  # it is released already, if this is done again
             self._ended.release()
         if self._thread is threading.current_thread():
             return

@@ -277,13 +277,14 @@ async def _awaited(work: Awaitable[_T]) -> _T:
 
 
 async def _undo(work: asyncio.Future[Any], undo: Callable[[], Coroutine[Any, Any, object]]) -> None:
-    for _ in range(_PATIENCE):
-        with contextlib.suppress(asyncio.CancelledError):  # an event loop that shuts down
-            await asyncio.wait({work})
-            if not work.cancelled():
-                work.exception()  # or asyncio complains that nobody looked
-            await undo()
-            return
+    try:
+        await asyncio.wait({work})
+        await undo()
+    except asyncio.CancelledError:  # an event loop that shuts down cancels every task once
+        await asyncio.wait({work})
+        await undo()
+    with contextlib.suppress(BaseException):
+        work.exception()  # or asyncio complains that nobody looked
 
 
 async def _patiently(task: asyncio.Task[Any], seconds: float) -> asyncio.CancelledError | None:

@@ -685,6 +685,7 @@ def test_an_exception_during_a_read_leaves_no_statement_open(tmp_path: Path) -> 
     """While it is kept, the file is not read as it was then, and nobody waits to write."""
     path = tmp_path / "jobs.db"
     kept: list[Exception] = []
+    measuring = sys.gettrace()
     with SqliteBlobStore(path) as store, SqliteBlobStore(path, timeout=0) as other:
         store.set(KEY, "0")
         for step in range(1, 200):
@@ -704,7 +705,7 @@ def test_an_exception_during_a_read_leaves_no_statement_open(tmp_path: Path) -> 
             except InterruptError as error:
                 kept.append(error)
             finally:
-                sys.settrace(None)
+                sys.settrace(measuring)
             other.set(KEY, str(step))
             assert store.get(KEY) == str(step)
             with sqlite3.connect(path, isolation_level=None) as checking:

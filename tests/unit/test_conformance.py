@@ -18,7 +18,7 @@ import pytest
 
 from joblock import Blob, MemoryBlobStore
 from joblock.aio import ThreadedBlobStore
-from joblock.conformance import _CONTENDERS, _RACES, Finding, check_store
+from joblock.conformance import _CONTENDERS, _RACES, Finding, _Probe, check_store
 from joblock.stores.sqlite import SqliteBlobStore
 from tests.broken_stores import (
     AlwaysCreates,
@@ -467,6 +467,15 @@ def test_no_check_begins_after_the_time_is_over() -> None:
     assert {it.message for it in findings[2:-1]} == {"not tried, since 0 seconds are over"}
     assert findings[-1].ok
     assert list(store) == []
+
+
+def test_a_store_that_is_gone_is_not_asked_for_each_key() -> None:
+    """The first key that cannot be deleted tells why; the others are named."""
+    probe = _Probe(Flaky(lambda _number, _name: True))
+    keys = [probe.new_key(), probe.new_key()]
+    cleaned_up = probe.clean_up("the time is over")
+    assert cleaned_up.message.startswith("raised OSError")
+    assert all(key in cleaned_up.message for key in keys)
 
 
 def test_errors_that_name_their_key_are_told_once() -> None:

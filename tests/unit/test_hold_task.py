@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -535,3 +536,66 @@ class TestATask:
         second.close()
         first.run_until_complete(asyncio.gather(*asyncio.all_tasks(first)))
         first.close()
+
+    def test_an_exception_in_the_first_lines_of_leaving(self) -> None:
+        """As a signal handler's: leaving is done again, and it goes on after the release."""
+
+        async def main(store: AsyncFlaky) -> None:
+            hold = aio.hold_job_lock(store, UID, VAULT)
+            keeper: Any = getattr(hold, "_keeper")  # noqa: B009
+            end = keeper.end
+
+            def interrupted() -> None:
+                keeper.end = end
+                raise ZeroDivisionError
+
+            keeper.end = interrupted
+            with pytest.raises(ZeroDivisionError):
+                async with hold:
+                    pass
+            assert await store.is_free()
+
+        run(main)
+
+    def test_an_exception_in_the_last_lines_of_entering(self) -> None:
+        """The lock is released; there is no task yet."""
+
+        async def main(store: AsyncFlaky) -> None:
+            hold: Any = aio.hold_job_lock(store, UID, VAULT)
+            start = hold._start
+
+            def interrupted() -> None:
+                hold._start = start
+                raise ZeroDivisionError
+
+            hold._start = interrupted
+            with pytest.raises(ZeroDivisionError):
+                async with hold:
+                    pytest.fail("entered")
+            assert await store.is_free()
+
+        run(main)
+
+    @pytest.mark.parametrize("entering", [True, False])
+    def test_a_coroutine_that_nobody_runs_any_more(self, entering: bool) -> None:
+        """As of a loop that was stopped: it ends where it is, without awaiting anything."""
+
+        async def main(store: AsyncFlaky) -> None:
+            hold = aio.hold_job_lock(store, UID, VAULT)
+            if entering:
+                store.slow = 3
+                step: Any = hold.__aenter__()
+            else:
+                await hold.__aenter__()
+                store.hanging = "release"
+                step = hold.__aexit__(None, None, None)
+            step.send(None)
+            step.close()
+            store.answer.set()
+            del hold, step
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            if not entering:
+                await asyncio.wait(others)
+                assert await store.is_free()
+
+        run(main)

@@ -72,17 +72,18 @@ def in_a_thread(interrupter: Interrupter, entering: bool) -> tuple[BaseException
     """Hold a lock once; return what came out, and whether the lock was released."""
     store = Unlocked()
     hold = hold_job_lock(store, UID, VAULT, ttl_ms=TTL_MS, renew_every_ms=2)
+    measuring = sys.gettrace()
     came_out: BaseException | None = None  # kept, and with it the frames of all that it passed
     begun = time.monotonic()
     try:
         if entering:
             sys.settrace(interrupter)
         with hold:
-            sys.settrace(None if entering else interrupter)
+            sys.settrace(measuring if entering else interrupter)
     except InterruptError as error:
         came_out = error
     finally:
-        sys.settrace(None)
+        sys.settrace(measuring)
     assert time.monotonic() - begun < TTL_MS / 1000, "it waited for the lease to end"
     poll(lambda: not renewing_threads())
     assert came_out is interrupter.raised
@@ -103,6 +104,7 @@ class OfThisTask(Interrupter):
 def in_a_task(interrupter: OfThisTask, entering: bool) -> tuple[BaseException | None, bool]:
     """The same for the async one."""
     store = Unlocked()
+    measuring = sys.gettrace()
     came_out: BaseException | None = None
 
     async def main() -> None:
@@ -113,11 +115,11 @@ def in_a_task(interrupter: OfThisTask, entering: bool) -> tuple[BaseException | 
             if entering:
                 sys.settrace(interrupter)
             async with hold:
-                sys.settrace(None if entering else interrupter)
+                sys.settrace(measuring if entering else interrupter)
         except InterruptError as error:
             came_out = error
         finally:
-            sys.settrace(None)
+            sys.settrace(measuring)
         if others := asyncio.all_tasks() - {interrupter.task}:
             await asyncio.wait(others)
 

@@ -192,5 +192,7 @@ def test_import_joblock_is_enough_to_reach_aio() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert ran.stdout.strip() == "joblock.aio"
+    assert "aio" in dir(joblock)
+    assert joblock.__getattr__("aio") is aio  # pyright: ignore
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         joblock.nonsense  # type: ignore[attr-defined] # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]

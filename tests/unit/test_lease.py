@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from joblock import (
     JobLockLostError,
     MemoryBlobStore,
     OwnedJobLock,
+    _log,
     acquire_job_lock,
     peek_job_lock,
 )
@@ -369,3 +372,34 @@ class TestInSimulatedTime:
         with contextlib.suppress(JobLockLostError):
             simulation.job(5 * MINUTE)
         return rival_won
+
+
+def test_entering_that_nobody_runs_any_more() -> None:
+    """It ends where it waits for the store, without asking it for more."""
+    keeper = make_keeper(PlainStore())
+    steps: list[str] = []
+
+    async def take(**_: object) -> Any:
+        steps.append("waits")
+        await Forever()
+
+    keeper._take = take
+    entering = keeper.enter()
+    entering.send(None)
+    entering.close()
+    assert steps == ["waits"]
+    assert not keeper.finished
+
+
+class Forever:
+    def __await__(self) -> Generator[None]:
+        yield
+
+
+def test_who_asks_whether_a_lock_is_held_logs_nothing_without_logging(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody can have asked to hear it."""
+    monkeypatch.delitem(sys.modules, "logging")
+    _log.debug("said to nobody")
+    assert "logging" not in sys.modules
