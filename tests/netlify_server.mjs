@@ -19,8 +19,8 @@ class OneAtATime extends BlobsServer {
 
   handleRequest(request) {
     const response = this.turn.then(() => super.handleRequest(request))
-    // Its etag is the file's time in milliseconds: let each version have a millisecond of its own.
-    this.turn = response.then(() => request.method === 'PUT' && setTimeout(2))
+    // Its etag is the file's time in milliseconds: let each version have one of its own, also when timers are early.
+    this.turn = response.then(() => request.method === 'PUT' && setTimeout(5))
     return response
   }
 }
