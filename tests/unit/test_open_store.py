@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,21 @@ def test_a_python_without_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sqlite3", None)
     with pytest.raises(ModuleNotFoundError, match="sqlite3"):
         open_store("sqlite:jobs.db")
+
+
+@pytest.mark.parametrize(
+    ("module", "sdk", "package"),
+    [
+        ("s3", "botocore.config", "boto3"),
+        ("azure", "azure.core", "azure-storage-blob azure-identity"),
+        ("gcs", "requests", "google-cloud-storage"),
+    ],
+)
+def test_a_store_module_without_its_sdk(
+    module: str, sdk: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imported by hand, or by `help()`: it says what to install."""
+    monkeypatch.delitem(sys.modules, f"joblock.stores.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, sdk, None)
+    with pytest.raises(ImportError, match=f"python -m pip install {package}$"):
+        import_module(f"joblock.stores.{module}")

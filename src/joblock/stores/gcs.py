@@ -9,9 +9,13 @@ from functools import partial
 from hashlib import md5
 from typing import Any
 
-import requests
-from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
-from google.auth.exceptions import TransportError
+try:
+    import requests
+    from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
+    from google.auth.exceptions import TransportError
+except ModuleNotFoundError as error:
+    _needs = f"joblock.stores.gcs needs a package, {error.name} is missing"
+    raise ImportError(f"{_needs}: python -m pip install google-cloud-storage") from error
 
 from .._store import Blob
 from ._remote import (

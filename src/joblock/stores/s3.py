@@ -7,10 +7,14 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from botocore.config import Config
-from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
-from botocore.exceptions import ConnectionError as NoConnectionError
-from botocore.parsers import ResponseParserError
+try:
+    from botocore.config import Config
+    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+    from botocore.exceptions import ConnectionError as NoConnectionError
+    from botocore.parsers import ResponseParserError
+except ModuleNotFoundError as error:
+    _needs = f"joblock.stores.s3 needs a package, {error.name} is missing"
+    raise ImportError(f"{_needs}: python -m pip install boto3") from error
 
 from .._store import TOMBSTONE, Blob
 from ._remote import (
