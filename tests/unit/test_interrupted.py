@@ -143,6 +143,8 @@ KINDS: dict[str, tuple[Callable[..., tuple[BaseException | None, bool]], type[In
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_every_step(kind: str, entering: bool, every_instruction: bool) -> None:
     """It ends in time with what was raised, and nothing renews; the lock is released."""
+    if every_instruction and sys.version_info[:2] == (3, 12) and sys.gettrace() is not None:
+        pytest.skip("Python 3.12 crashes if coverage's tracer gives way to one of instructions")
     hold_once, interrupter_type = KINDS[kind]
     number = 0
     unreleased: list[str] = []

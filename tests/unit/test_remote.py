@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from joblock.stores._remote import Pool, Retry
+from joblock.stores._remote import CutReplyError, Pool, Retry
 from tests.backends import azure_client, gcs_client, s3_client
 
 NOWHERE = "http://127.0.0.1:1"
@@ -146,3 +146,33 @@ def test_azure_with_another_transport(stack: ExitStack) -> None:
 
     client = blob.ContainerClient(f"{NOWHERE}/a", "c", transport=object())
     assert AzureBlobStore(client)._pool._keeper() is None
+
+
+def test_a_value_of_azures_that_is_too_short() -> None:
+    """The length was told, and not kept: it is asked for again, and then it is an error."""
+    pytest.importorskip("azure.storage.blob")
+    from joblock.stores.azure import AzureBlobStore
+
+    asked: list[str] = []
+
+    class Cut:
+        size = 5
+
+        def readall(self) -> bytes:
+            asked.append("again")
+            return b""
+
+    class Blob:
+        def download_blob(self, **_: object) -> Cut:
+            return Cut()
+
+    class Container:
+        container_name = "jobs"
+
+        def get_blob_client(self, _name: str) -> Blob:
+            return Blob()
+
+    container: Any = Container()
+    with pytest.raises(CutReplyError, match="0 bytes of a value of 5"):
+        AzureBlobStore(container).get("k")
+    assert len(asked) == 3
