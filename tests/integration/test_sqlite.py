@@ -740,6 +740,10 @@ def test_a_connection_of_another_process_is_left_alone(tmp_path: Path) -> None:
 def test_who_may_not_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is opened."""
     SqliteBlobStore(tmp_path / "jobs.db").close()
-    monkeypatch.setattr(os, "access", lambda _path, mode, **_: mode == os.F_OK)
+
+    def may_only_look(_path: object, mode: int, **_: bool) -> bool:
+        return mode == os.F_OK
+
+    monkeypatch.setattr(os, "access", may_only_look)
     with pytest.raises(sqlite3.OperationalError, match="readonly: this user may not write"):
         SqliteBlobStore(tmp_path / "jobs.db")
