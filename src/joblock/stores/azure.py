@@ -10,11 +10,11 @@ try:
     from azure.core import MatchConditions
     from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
     from azure.storage.blob import ContainerClient, ContentSettings
-except ModuleNotFoundError as error:
-    _needs = f"joblock.stores.azure needs a package, {error.name} is missing"
+except ModuleNotFoundError as _error:
+    _needs = f"joblock.stores.azure needs a package, {_error.name} is missing"
     raise ImportError(
         f"{_needs}: python -m pip install azure-storage-blob azure-identity"
-    ) from error
+    ) from _error
 
 from .._store import Blob
 from ._remote import (

@@ -13,9 +13,9 @@ try:
     import requests
     from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
     from google.auth.exceptions import TransportError
-except ModuleNotFoundError as error:
-    _needs = f"joblock.stores.gcs needs a package, {error.name} is missing"
-    raise ImportError(f"{_needs}: python -m pip install google-cloud-storage") from error
+except ModuleNotFoundError as _error:
+    _needs = f"joblock.stores.gcs needs a package, {_error.name} is missing"
+    raise ImportError(f"{_needs}: python -m pip install google-cloud-storage") from _error
 
 from .._store import Blob
 from ._remote import (

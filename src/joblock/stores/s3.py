@@ -12,9 +12,9 @@ try:
     from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
     from botocore.exceptions import ConnectionError as NoConnectionError
     from botocore.parsers import ResponseParserError
-except ModuleNotFoundError as error:
-    _needs = f"joblock.stores.s3 needs a package, {error.name} is missing"
-    raise ImportError(f"{_needs}: python -m pip install boto3") from error
+except ModuleNotFoundError as _error:
+    _needs = f"joblock.stores.s3 needs a package, {_error.name} is missing"
+    raise ImportError(f"{_needs}: python -m pip install boto3") from _error
 
 from .._store import TOMBSTONE, Blob
 from ._remote import (
