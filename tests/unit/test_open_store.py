@@ -186,3 +186,13 @@ def test_a_store_module_without_its_sdk(
     monkeypatch.setitem(sys.modules, sdk, None)
     with pytest.raises(ImportError, match=f"python -m pip install {package}$"):
         import_module(f"joblock.stores.{module}")
+
+
+def test_azure_without_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK's second package is needed only without a connection string."""
+    pytest.importorskip("azure.storage.blob")
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "acme")
+    monkeypatch.setitem(sys.modules, "azure.identity", None)
+    with pytest.raises(ImportError, match="azure.identity is missing: python -m pip install azure"):
+        open_store("azure://jobs")

@@ -14,11 +14,6 @@ _URLS = (
     "sqlite:PATH, s3://BUCKET/PREFIX, azure://CONTAINER/PREFIX, gs://BUCKET/PREFIX, netlify:STORE "
     "or memory:"
 )
-_PACKAGES = {
-    "s3": "boto3",
-    "azure": "azure-storage-blob azure-identity",
-    "gs": "google-cloud-storage",
-}
 
 
 def open_store(url: str) -> ConditionalBlobStore:
@@ -43,49 +38,43 @@ def open_store(url: str) -> ConditionalBlobStore:
         Exception: what the SDK, or SQLite, raised.
     """
     scheme, colon, rest = url.partition(":")
-    try:
-        match scheme:
-            case "memory":
-                if rest:
-                    raise ValueError("memory: has no more to it, since it is new each time")
-                from .memory import MemoryBlobStore
+    match scheme:
+        case "memory":
+            if rest:
+                raise ValueError("memory: has no more to it, since it is new each time")
+            from .memory import MemoryBlobStore
 
-                return MemoryBlobStore()
-            case "sqlite":
-                if re.match("//(?!/)|.*[?]", rest):
-                    raise ValueError("sqlite: takes a path as it is, such as sqlite:/srv/jobs.db")
-                from .sqlite import SqliteBlobStore
+            return MemoryBlobStore()
+        case "sqlite":
+            if re.match("//(?!/)|.*[?]", rest):
+                raise ValueError("sqlite: takes a path as it is, such as sqlite:/srv/jobs.db")
+            from .sqlite import SqliteBlobStore
 
-                return SqliteBlobStore(rest)
-            case "s3":
-                from .s3 import connect as connect_s3
+            return SqliteBlobStore(rest)
+        case "s3":
+            from .s3 import connect as connect_s3
 
-                rest, _, option = rest.partition("?")
-                if option not in ("", "conditional_delete=false"):
-                    raise ValueError("the only option of s3: is ?conditional_delete=false")
-                return connect_s3(*_place(rest), conditional_delete=not option)
-            case "azure":
-                from .azure import connect as connect_azure
+            rest, _, option = rest.partition("?")
+            if option not in ("", "conditional_delete=false"):
+                raise ValueError("the only option of s3: is ?conditional_delete=false")
+            return connect_s3(*_place(rest), conditional_delete=not option)
+        case "azure":
+            from .azure import connect as connect_azure
 
-                return connect_azure(*_place(rest))
-            case "gs":
-                from .gcs import connect as connect_gcs
+            return connect_azure(*_place(rest))
+        case "gs":
+            from .gcs import connect as connect_gcs
 
-                return connect_gcs(*_place(rest))
-            case "netlify":
-                from .netlify import connect as connect_netlify
+            return connect_gcs(*_place(rest))
+        case "netlify":
+            from .netlify import connect as connect_netlify
 
-                return connect_netlify(rest)
-            case _:
-                # Not the whole of it: there may be a password in it, or it may be one.
-                named = colon and re.fullmatch("[a-z0-9+]+", scheme)
-                given = f"; there is no {scheme!r}" if named else ""
-                raise ValueError(f"a store is {_URLS}{given}")
-    except ModuleNotFoundError as error:
-        if scheme not in _PACKAGES:
-            raise
-        needs = f"{scheme}: needs a package, {error.name} is missing"
-        raise ImportError(f"{needs}: python -m pip install {_PACKAGES[scheme]}") from error
+            return connect_netlify(rest)
+        case _:
+            # Not the whole of it: there may be a password in it, or it may be one.
+            named = colon and re.fullmatch("[a-z0-9+]+", scheme)
+            given = f"; there is no {scheme!r}" if named else ""
+            raise ValueError(f"a store is {_URLS}{given}")
 
 
 def _place(rest: str) -> tuple[str, str]:

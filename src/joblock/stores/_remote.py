@@ -37,6 +37,13 @@ def is_etag(etag: str) -> bool:
     )
 
 
+def missing(module: str, error: ModuleNotFoundError, packages: str) -> ImportError:
+    """Return what to raise where a store's SDK is not installed: what installs it."""
+    return ImportError(
+        f"{module} needs a package, {error.name} is missing: python -m pip install {packages}"
+    )
+
+
 class CutReplyError(Exception):
     """A reply that may be cut: the connection ended before it was known to be whole.
 

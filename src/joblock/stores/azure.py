@@ -6,16 +6,6 @@ import os
 from functools import partial
 from typing import Any
 
-try:
-    from azure.core import MatchConditions
-    from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
-    from azure.storage.blob import ContainerClient, ContentSettings
-except ModuleNotFoundError as _error:
-    _needs = f"joblock.stores.azure needs a package, {_error.name} is missing"
-    raise ImportError(
-        f"{_needs}: python -m pip install azure-storage-blob azure-identity"
-    ) from _error
-
 from .._store import Blob
 from ._remote import (
     CONNECT_TIMEOUT_S,
@@ -24,8 +14,19 @@ from ._remote import (
     Pool,
     Retry,
     is_etag,
+    missing,
     whole,
 )
+
+_PACKAGES = "azure-storage-blob azure-identity"
+
+try:
+    from azure.core import MatchConditions
+    from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
+    from azure.storage.blob import ContainerClient, ContentSettings
+except ModuleNotFoundError as _error:
+    raise missing(__name__, _error, _PACKAGES) from _error
+
 
 __all__ = ["AzureBlobStore", "connect"]
 
@@ -151,7 +152,10 @@ def connect(container: str, prefix: str) -> AzureBlobStore:
     if connection_string:
         client = ContainerClient.from_connection_string(connection_string, container)
     elif account:
-        from azure.identity import DefaultAzureCredential
+        try:
+            from azure.identity import DefaultAzureCredential
+        except ModuleNotFoundError as error:
+            raise missing(__name__, error, _PACKAGES) from error
 
         url = f"https://{account}.blob.core.windows.net"
         client = ContainerClient(url, container, credential=DefaultAzureCredential())

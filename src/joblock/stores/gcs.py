@@ -9,23 +9,16 @@ from functools import partial
 from hashlib import md5
 from typing import Any
 
+from .._store import Blob
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, CutReplyError, Pool, Retry, missing, whole
+
 try:
     import requests
     from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
     from google.auth.exceptions import TransportError
 except ModuleNotFoundError as _error:
-    _needs = f"joblock.stores.gcs needs a package, {_error.name} is missing"
-    raise ImportError(f"{_needs}: python -m pip install google-cloud-storage") from _error
+    raise missing(__name__, _error, "google-cloud-storage") from _error
 
-from .._store import Blob
-from ._remote import (
-    CONNECT_TIMEOUT_S,
-    READ_TIMEOUT_S,
-    CutReplyError,
-    Pool,
-    Retry,
-    whole,
-)
 
 __all__ = ["GcsBlobStore", "connect"]
 

@@ -7,15 +7,6 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-try:
-    from botocore.config import Config
-    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
-    from botocore.exceptions import ConnectionError as NoConnectionError
-    from botocore.parsers import ResponseParserError
-except ModuleNotFoundError as _error:
-    _needs = f"joblock.stores.s3 needs a package, {_error.name} is missing"
-    raise ImportError(f"{_needs}: python -m pip install boto3") from _error
-
 from .._store import TOMBSTONE, Blob
 from ._remote import (
     CONNECT_TIMEOUT_S,
@@ -25,8 +16,18 @@ from ._remote import (
     Pool,
     Retry,
     is_etag,
+    missing,
     whole,
 )
+
+try:
+    from botocore.config import Config
+    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+    from botocore.exceptions import ConnectionError as NoConnectionError
+    from botocore.parsers import ResponseParserError
+except ModuleNotFoundError as _error:
+    raise missing(__name__, _error, "boto3") from _error
+
 
 __all__ = ["QUICK", "S3BlobStore", "connect"]
 
