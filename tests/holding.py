@@ -6,13 +6,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 
-from joblock import BlobStore, JobLockRecord, OwnedJobLock, _protocol
-from joblock._lease import Keeper
+from joblock import BlobStore, JobLockRecord, OwnedJobLock
+from joblock._lease import Keeper, holding
 from joblock._record import epoch_ms
 from tests.support import UID, VAULT, RecordingStore, async_view
 
@@ -93,20 +92,14 @@ BRIEF: dict[str, Any] = {"ttl_ms": 300, "renew_every_ms": 10}
 def make_keeper(store: BlobStore, **keywords: Any) -> Keeper:
     """What `hold_job_lock` makes of its arguments."""
     made: dict[str, Any] = {
+        "described": JobLockRecord(None, UID, VAULT),
+        "renew_every_ms": None,
         "ttl_ms": MINUTE,
+        "wait_ms": 0,
+        "at_least_ms": 0,
+        "at_most_ms": None,
+        "clock_skew_ms": 0,
         "clock": epoch_ms,
         "uuid_factory": uuid.uuid4,
-        "renew_every_ms": None,
-    } | keywords
-    take = partial(
-        _protocol.acquire,
-        async_view(store),
-        UID,
-        VAULT,
-        described=JobLockRecord(None, UID, VAULT),
-        ttl_ms=made["ttl_ms"],
-        clock=made["clock"],
-        clock_skew_ms=0,
-        id_is_new=True,
-    )
-    return Keeper(async_view(store), UID, VAULT, take=take, **made)
+    }
+    return holding(async_view(store), UID, VAULT, **(made | keywords))

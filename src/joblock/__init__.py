@@ -15,10 +15,10 @@ from ._errors import (
     StoreContentionError,
 )
 from ._given import Duration
-from ._hold import OwnedJobLock, hold_job_lock
+from ._hold import OwnedJobLock, hold_job_lock, resume_job_lock
 from ._ids import job_lock_key
 from ._locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
-from ._protocol import JOB_LOCK_TTL_MS
+from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
 from ._results import Acquired, Held, Lost, NotOwned, ReleaseResult, Renewed
 from ._store import (
@@ -33,6 +33,7 @@ from .stores.memory import MemoryBlobStore
 __version__ = "0.1.0"
 
 __all__ = [
+    "HOLD_TTL_MS",
     "JOB_LOCK_TTL_MS",
     "Acquired",
     "AsyncBlobStore",
@@ -64,6 +65,7 @@ __all__ = [
     "peek_job_lock",
     "release_job_lock",
     "renew_job_lock",
+    "resume_job_lock",
 ]
 
 # Pickles, reprs and tracebacks then name the door, not the file behind it, which may be renamed.

@@ -55,12 +55,12 @@ class StoreContentionError(JobLockError):
 
 
 class JobLockHeldError(JobLockError):
-    """Another job has the lock, which is live; `existing` is its record.
+    """Another job, or another run of this job, has the lock, live; `existing` is its record.
 
     `now_ms` is the reading of the clock by which it is live, and `clock_skew_ms` what was given.
 
-    The lock: untouched, another job's. Retry once that job has ended or its lease has expired:
-    for HTTP, `retry_after_s()`.
+    The lock: untouched. Retry once that job has ended or its lease has expired: for HTTP,
+    `retry_after_s()`. If `existing.ended_at` is set it has ended, and keeps the lock until then.
     """
 
     def __init__(
@@ -85,14 +85,15 @@ class JobLockHeldError(JobLockError):
 
 
 class JobLockLostError(JobLockError):
-    """The lock that `hold_job_lock` kept for `job_id` was lost while the job was running.
+    """The lock of `job_id` was lost while the job was running, or before it was resumed.
 
-    The `reason` is "lock_owned_by_other_job", "lock_already_gone", or "lease_expired": no renewal
-    succeeded in time (then `__cause__` is what the last one failed with, if it did).
+    The `reason` is "lock_owned_by_other_job" (or by another run of the job), "lock_already_gone"
+    (or it has ended), or "lease_expired": no renewal succeeded in time (then `__cause__` is what
+    the last one failed with, if it did), or the job's longest time is over.
 
-    The lock: not this job's. `current` is the record that a renewal found in its place, or None.
-    Another job may have run at the same time. Do not retry blindly; find out first what both of
-    them have done.
+    The lock: not this job's, or not this run's. `current` is the record that was found, or None.
+    On leaving, another job may have run at the same time: do not retry blindly; find out first
+    what both of them have done. On entering `resume_job_lock` the job has not begun: drop it.
     """
 
     def __init__(self, job_id: str, reason: LossReason, current: JobLockRecord | None) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Protocol, TypeVar, runtime_checkable
 
 from ._errors import JobLockWarning
-from ._record import JobLockRecord, as_number, as_text
+from ._record import KNOWN_FIELDS, JobLockRecord, JsonValue, as_number, as_text
 
 T = TypeVar("T")
 
@@ -35,25 +36,36 @@ def number(value: object) -> float | None:
 
 
 def milliseconds(value: object) -> float | None:
-    """`value` in milliseconds, if it is a positive finite number or a `timedelta`, else None."""
+    """`value` in milliseconds, if it is a finite number or a `timedelta`, else None."""
     if not isinstance(value, (int, float)) and isinstance(value, Duration):
         value = value.total_seconds() * 1000
-    ms = number(value)
-    return ms if ms is not None and ms > 0 else None
+    return number(value)
 
 
-def strict_ttl(ttl_ms: object) -> float:
-    """Return the TTL in milliseconds; raise ValueError if it is none."""
-    ms = milliseconds(ttl_ms)
-    if ms is None:
-        raise ValueError(f"ttl_ms must be positive, finite milliseconds or timedelta: {ttl_ms!r}")
+def positive(argument: str, value: object) -> float:
+    """Return `value` in milliseconds; raise ValueError unless that is more than 0."""
+    ms = milliseconds(value)
+    if ms is None or ms <= 0:
+        raise ValueError(
+            f"{argument} must be positive, finite milliseconds or timedelta: {value!r}"
+        )
+    return ms
+
+
+def not_negative(argument: str, value: object) -> float:
+    """Return `value` in milliseconds; raise ValueError unless that is 0 or more."""
+    ms = milliseconds(value)
+    if ms is None or ms < 0:
+        raise ValueError(
+            f"{argument} must be finite milliseconds or timedelta, 0 or more: {value!r}"
+        )
     return ms
 
 
 def lenient_ttl(ttl_ms: object, default: float) -> float:
     """Return the TTL in milliseconds; as the original, take the default if it is none."""
     ms = milliseconds(ttl_ms)
-    if ms is None:
+    if ms is None or ms <= 0:
         _warn(f"ttl_ms={ttl_ms!r} is no positive finite number: the lease is {default} ms")
         return default
     return ms
@@ -67,8 +79,12 @@ def described(
     chunks_to_embed: float | None,
     estimated_seconds: float | None,
     reason: str | None,
+    extra: Mapping[str, JsonValue] | None,
 ) -> JobLockRecord:
-    """Return what a new lock's record says of its job; as the original, null for a wrong type."""
+    """Return what a new lock's record says of its job; as the original, null for a wrong type.
+
+    Raises ValueError for an `extra` that would not come back from the store as it is.
+    """
     return JobLockRecord(
         None,
         canister_uid,
@@ -79,6 +95,7 @@ def described(
             "estimated_seconds", estimated_seconds, number(estimated_seconds)
         ),
         reason=_recorded("reason", reason, as_text(reason)),
+        extra=None if extra is None else _checked_extra(extra),
     )
 
 
@@ -86,6 +103,21 @@ def _recorded(argument: str, given: object, recorded: T) -> T:
     if recorded is None and given is not None:
         _warn(f"{argument}={given!r} is of a wrong type or not finite: it is recorded as null")
     return recorded
+
+
+def _checked_extra(extra: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return a copy of `extra` that nobody else has."""
+    try:
+        given = dict(extra)
+        known = KNOWN_FIELDS & given.keys()
+        read = JobLockRecord.from_json(JobLockRecord(None, None, None, extra=given).to_json())
+        if read is not None and read.extra == given and not known:
+            return read.extra
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"extra must be a dict of what JSON has: {error}") from error
+    if known:
+        raise ValueError(f"extra must not have joblock's own fields: {', '.join(sorted(known))}")
+    raise ValueError("extra must come back from JSON as it is")
 
 
 def _warn(message: str) -> None:

@@ -14,22 +14,22 @@ import sys
 import threading
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from types import MethodType, TracebackType
 
 from . import _protocol
-from ._given import Duration, described, strict_ttl
-from ._lease import Keeper, Once, over, way_out
+from ._given import Duration, described, positive
+from ._lease import Keeper, Once, holding, over, resuming, way_out
 from ._locks import run, view
-from ._protocol import JOB_LOCK_TTL_MS
-from ._record import JobLockRecord, epoch_ms
+from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
+from ._record import JobLockRecord, JsonValue, epoch_ms
 from ._store import BlobStore
 
 
 class OwnedJobLock:
-    """The lock that `hold_job_lock` keeps for the job that runs in its `with` block.
+    """The lock that `hold_job_lock` or `resume_job_lock` keeps for the job in its `with` block.
 
     A forked child does not renew it: there `lost` becomes true when the lease that the child was
     born with ends.
@@ -50,7 +50,7 @@ class OwnedJobLock:
 
     @property
     def took_over(self) -> JobLockRecord | None:
-        """The expired record that was replaced (a crashed job's receipt), else None."""
+        """The expired record that was replaced (the receipt of a crashed job or run), else None."""
         return self._keeper.lease.took_over
 
     @property
@@ -68,18 +68,36 @@ class OwnedJobLock:
         if loss is not None:
             raise loss
 
+    def requeue(self, *, ttl_ms: float | Duration = JOB_LOCK_TTL_MS) -> None:
+        """Have the lock kept for the job's next run, which `resume_job_lock` begins: for a retry.
+
+        Leaving then does not remove the record. It lasts for `ttl_ms`, or a `timedelta`, from
+        then on, and at least as long as it would have: the time in the queue. Nothing is written
+        before the block ends, and nothing at all if the lock is lost by then. If the write fails,
+        which is logged, the lease of this run must end before the next one can begin.
+
+        Raises:
+            ValueError: `ttl_ms` is not a positive finite number or a timedelta.
+            RuntimeError: the block is over; its lock has been released.
+        """
+        self._keeper.requeue(positive("ttl_ms", ttl_ms))
+
 
 def hold_job_lock(
     store: BlobStore,
     canister_uid: str,
     vault_id: str,
     *,
-    renew_every_ms: float | None = None,
+    renew_every_ms: float | Duration | None = None,
     actor_uid: str | None = None,
     chunks_to_embed: float | None = None,
     estimated_seconds: float | None = None,
     reason: str | None = None,
-    ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
+    extra: Mapping[str, JsonValue] | None = None,
+    ttl_ms: float | Duration = HOLD_TTL_MS,
+    wait_ms: float | Duration = 0,
+    at_least_ms: float | Duration = 0,
+    at_most_ms: float | Duration | None = None,
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
@@ -92,6 +110,17 @@ def hold_job_lock(
     third of the TTL: an outage of the store that swallows two renewals is survived, because one
     that failed is retried after a quarter of the interval. That thread calls the store, in a copy
     of the caller's context variables. Whatever the block raises, leaving releases the lock.
+
+    All times are milliseconds, or a `timedelta`:
+
+    - `wait_ms`: for how long to wait for a lock that is held. It is looked at again after pauses
+      that grow from 0.1 s to 5 s, each shortened at random by up to a half, and no later than at
+      the holder's deadline: 20 to 35 reads in a minute.
+    - `at_least_ms`: from `started_at`, the least time for which the lock is kept, also when the
+      block raises. A job that ends sooner leaves its record, with `ended_at`, for the rest of it,
+      so that another host's cron, a little late, does not start the job again.
+    - `at_most_ms`: from `started_at`, the time beyond which no renewal moves the deadline: a job
+      that hangs loses its lock then.
 
     The lock is this job's by its job id and its `started_at`. It is lost when another has it, when
     its record is gone, or when no renewal succeeded before the lease's deadline: by real time, no
@@ -111,40 +140,106 @@ def hold_job_lock(
     an ERROR for a loss.
 
     Raises:
-        JobLockHeldError: on entering; another job has the lock. Nothing was written.
+        JobLockHeldError: on entering; another job has the lock, also after `wait_ms`. Nothing was
+            written.
         JobLockLostError: on leaving; another job may have run at the same time.
         InvalidIdError, TypeError, StoreContentionError: on entering, as `acquire_job_lock`.
-        ValueError: also if `ttl_ms` is not a positive finite number or a timedelta, or if
-            `renew_every_ms` is not more than 0, and less than the TTL by more than a millisecond.
-            Nothing was written.
+        ValueError: also if `ttl_ms` or `at_most_ms` is not more than 0, `wait_ms` or `at_least_ms`
+            less than 0, or one of them not finite; if `at_least_ms` is more than `at_most_ms`; or
+            if `renew_every_ms` is not more than 0, and less than the TTL by more than a
+            millisecond. Nothing was written.
         Exception: what the store raised on entering, as `acquire_job_lock`.
     """
     blocking = view(store, _protocol.HOLD_NEEDS)
     return _Hold(
-        Keeper(
+        holding(
             blocking,
             canister_uid,
             vault_id,
-            take=partial(
-                _protocol.acquire,
-                blocking,
+            described=described(
                 canister_uid,
                 vault_id,
-                described=described(
-                    canister_uid,
-                    vault_id,
-                    actor_uid=actor_uid,
-                    chunks_to_embed=chunks_to_embed,
-                    estimated_seconds=estimated_seconds,
-                    reason=reason,
-                ),
-                ttl_ms=strict_ttl(ttl_ms),
-                clock_skew_ms=clock_skew_ms,
-                clock=clock,
-                id_is_new=uuid_factory is uuid.uuid4,
+                actor_uid=actor_uid,
+                chunks_to_embed=chunks_to_embed,
+                estimated_seconds=estimated_seconds,
+                reason=reason,
+                extra=extra,
             ),
-            ttl_ms=strict_ttl(ttl_ms),
             renew_every_ms=renew_every_ms,
+            ttl_ms=ttl_ms,
+            wait_ms=wait_ms,
+            at_least_ms=at_least_ms,
+            at_most_ms=at_most_ms,
+            clock_skew_ms=clock_skew_ms,
+            clock=clock,
+            uuid_factory=uuid_factory,
+        )
+    )
+
+
+def resume_job_lock(
+    store: BlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str,
+    renew_every_ms: float | Duration | None = None,
+    ttl_ms: float | Duration = HOLD_TTL_MS,
+    at_least_ms: float | Duration = 0,
+    at_most_ms: float | Duration | None = None,
+    clock_skew_ms: float = 0,
+    clock: Callable[[], float] = epoch_ms,
+    uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
+) -> AbstractContextManager[OwnedJobLock]:
+    """Keep the lock that another took for `expected_job_id` for as long as the `with` block runs.
+
+    For the worker that a job is handed to. Entering makes the lock this run's, by one conditional
+    write: the record gets a `run_id`, from `uuid_factory`, and a lease of `ttl_ms`, which is then
+    renewed as by `hold_job_lock`, and leaving releases it, whatever the block raises. For a retry,
+    call `requeue()` of what this gives.
+
+    One run has the lock at a time. Of any number of simultaneous deliveries of a job one enters; a
+    second one is refused while the first one runs. If that dies, its lease ends, and the next
+    delivery enters, with the dead run's record in `took_over`. A job whose lock is gone, ended, or
+    taken over by another job is not run any more. On a plain store, which cannot exclude two
+    winners, two deliveries may both enter.
+
+    `at_least_ms` and `at_most_ms` are those of `hold_job_lock`. They count from `started_at`, when
+    the lock was acquired: the time in the queue, and that of earlier runs, count too. The lock is
+    this run's by its job id, `started_at` and `run_id`; a run that is not the lock's any more
+    renews, releases and requeues nothing.
+
+    Entering that fails, or is interrupted, writes back the record that it may have replaced, so
+    that the next delivery can enter. The rest is as in `hold_job_lock`. A lock that
+    `hold_job_lock` keeps is taken from it by this: it is for the job's id of `acquire_job_lock`.
+
+    Raises:
+        JobLockHeldError: on entering; another run of the job is live. Nothing was written. Deliver
+            the job again later, or drop this delivery: the other one runs it.
+        JobLockLostError: on entering, before the job began: its lock is gone, ended, another
+            job's, or `at_most_ms` is over ("lease_expired"). Nothing was written. Do not run the
+            job. On leaving: another run or job may have run at the same time.
+        InvalidIdError: an id cannot name a lock, `expected_job_id` is not a non-empty string, or
+            `uuid_factory` gave none that can name a run. Nothing was written.
+        TypeError: the store lacks methods or is async, or the clock gives no finite number.
+            Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
+        ValueError: as in `hold_job_lock`. Nothing was written.
+        StoreContentionError: others changed the record each time. The lock is as it was.
+        Exception: what the store raised. The lock is as it was; or, if writing it back failed too,
+            which is logged, it is nobody's until `ttl_ms` is over.
+    """
+    blocking = view(store, _protocol.HOLD_NEEDS)
+    return _Hold(
+        resuming(
+            blocking,
+            canister_uid,
+            vault_id,
+            expected_job_id=expected_job_id,
+            renew_every_ms=renew_every_ms,
+            ttl_ms=ttl_ms,
+            at_least_ms=at_least_ms,
+            at_most_ms=at_most_ms,
+            clock_skew_ms=clock_skew_ms,
             clock=clock,
             uuid_factory=uuid_factory,
         )
@@ -175,13 +270,21 @@ class _Hold:
             daemon=True,
         )
         try:
-            run(self._keeper.enter())
+            run(self._keeper.enter(partial(_wait, self._ended)))
             self._thread.start()
             self._started = True
+            self._keeper.begun = True
             return self._lock
         except BaseException:
+            self._keeper.begun = False
             self._finish()
             raise
+
+    def stop_waiting(self) -> None:
+        if not self._keeper.entered:
+            self._keeper.end()
+            with contextlib.suppress(RuntimeError):  # nobody has entered yet
+                self._ended.release()
 
     @way_out
     def __exit__(
@@ -221,16 +324,23 @@ class _Hold:
         run(keeper.finish())
 
 
+def stop_waiting(hold: AbstractContextManager[OwnedJobLock]) -> None:
+    """End the waiting of a hold whose block has not begun; for signal handlers in its thread."""
+    if isinstance(hold, _Hold):
+        hold.stop_waiting()
+
+
+async def _wait(ended: threading.Lock, seconds: float) -> None:
+    ended.acquire(timeout=_waitable(seconds))
+
+
 def _keep(
     keeper: Keeper,
     ended: threading.Lock,
     kept: threading.Lock,
 ) -> None:
-    async def wait(seconds: float) -> None:
-        ended.acquire(timeout=_waitable(seconds))
-
     try:
-        run(keeper.keep(wait))
+        run(keeper.keep(partial(_wait, ended)))
     except BaseException as error:  # a thread would drop a SystemExit without a word
         keeper.died(error)
     finally:

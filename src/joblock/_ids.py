@@ -24,14 +24,14 @@ def job_lock_key(canister_uid: str, vault_id: str) -> str:
     return "".join(("index-jobs/", canister_uid, "/", vault_id, ".json"))
 
 
-def new_job_id(uuid_factory: Callable[[], uuid.UUID | str]) -> str:
-    """Return a new job's id, which must come back from the store as it was written."""
+def new_id(uuid_factory: Callable[[], uuid.UUID | str], kind: str) -> str:
+    """Return a new id of a job or a run, which must come back from the store as it was written."""
     made = uuid_factory()
-    job_id = str(made) if isinstance(made, uuid.UUID) else made
-    check_text("uuid_factory's job id", job_id)
-    if not job_id.isascii() and SURROGATES.search(job_id):
-        raise InvalidIdError("uuid_factory's job id", f"must not have surrogates, as {made!r}")
-    return job_id
+    new = str(made) if isinstance(made, uuid.UUID) else made
+    check_text(f"uuid_factory's {kind}", new)
+    if not new.isascii() and SURROGATES.search(new):
+        raise InvalidIdError(f"uuid_factory's {kind}", f"must not have surrogates, as {made!r}")
+    return new
 
 
 def check_text(argument: str, value: object) -> None:

@@ -12,7 +12,8 @@ A keeper's life:
                    ended                lost      nothing is renewed or released any more
                      | finish
                      v
-                  released            or logged: the release was tried, the lease will expire
+                  released            or requeued, or kept for the rest of the minimum hold; or
+                                      logged: that was tried, and the lease will expire
 
 - died: the thread or the task of the keeper ended otherwise. Leaving then releases; until then
   nothing is renewed, so the lease may be lost.
@@ -22,6 +23,7 @@ A keeper's life:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -35,8 +37,8 @@ from typing import Any
 
 from . import _log, _protocol
 from ._errors import JobLockError, JobLockHeldError, JobLockLostError, LossReason
-from ._given import milliseconds
-from ._ids import job_lock_key, new_job_id
+from ._given import Duration, milliseconds, not_negative, positive
+from ._ids import check_text, job_lock_key
 from ._record import JobLockRecord, as_number
 from ._results import Acquired, Held, Lost, Renewed
 from ._store import AsyncBlobStore
@@ -63,7 +65,7 @@ class Lease:
     rules:
 
     - A deadline counts from before the write that set it, so it passes here no later than it does
-      for whoever reads the record.
+      for whoever reads the record. None is later than `last`, for a job that may hang.
     - A renewal is due `renew_every_ms` after the last one that succeeded. One that fails is
       retried several times within that interval, and before the deadline.
     - The lock is lost when a renewal or the release finds that it is, and when the deadline
@@ -76,7 +78,13 @@ class Lease:
     """
 
     def __init__(
-        self, acquired: Acquired, *, begun: float, ttl_ms: float, renew_every_ms: float
+        self,
+        acquired: Acquired,
+        *,
+        begun: float,
+        ttl_ms: float,
+        renew_every_ms: float,
+        last: float = math.inf,
     ) -> None:
         self.job_id: str = acquired.job_id
         self.took_over: JobLockRecord | None = acquired.took_over
@@ -85,14 +93,16 @@ class Lease:
         self.failure: BaseException | None = None
         self._ttl_ms = ttl_ms
         self._renew_every_ms = renew_every_ms
+        self._last = last
         self._retry_every_ms = min(renew_every_ms, ttl_ms - renew_every_ms) / 4
         self._loss: tuple[LossReason, JobLockRecord | None] | None = None
         self._ended = False
         self._granted(begun)
 
     def _granted(self, begun: float) -> None:
-        self.deadline: float = begun + self._ttl_ms - _LOST_EARLY_MS
-        self._due = begun + self._renew_every_ms
+        end = begun + self._ttl_ms
+        self.deadline: float = min(end, self._last) - _LOST_EARLY_MS
+        self._due = begun + self._renew_every_ms if end < self._last else math.inf
 
     def wait_ms(self, now: float) -> float:
         """How long there is nothing to do: until the next renewal, or the deadline."""
@@ -132,6 +142,20 @@ class Lease:
         return error
 
 
+# Milliseconds between two looks of who waits for a lock: growing, and each of them shortened by up
+# to a half, so that many who wait do not all look at once.
+_FIRST_PAUSE_MS = 100.0
+_LONGEST_PAUSE_MS = 5000.0
+_PAUSES_GROW = 1.5
+_SHORTEST_PAUSE_MS = 20.0
+
+
+def pause_ms(looks: int) -> float:
+    """How long to wait after so many looks."""
+    longest = min(_FIRST_PAUSE_MS * _PAUSES_GROW ** min(looks, 20), _LONGEST_PAUSE_MS)
+    return longest * (1 - int.from_bytes(os.urandom(2)) / 0x20000)
+
+
 class Keeper:
     """Takes a lock, carries out its lease's rules on a store, and logs what happens.
 
@@ -139,7 +163,9 @@ class Keeper:
     URL or a token. The error itself is the cause of the `JobLockLostError` that it leads to.
 
     Who writes what, and who reads it: `is_over` says that the block is over without a word; it is
-    set before `enter`. `lease` is written once, by `enter`. `ended` is written by
+    set before `enter`. `lease` is written once, by `enter`. `begun` is written by whoever enters,
+    when the block is about to run; until then leaving takes back what was written. `ended` and
+    `requeue_ms` are written by
     whoever leaves, and read by the thread or task that renews; `kept` the other way round, when
     that thread ends. `_tried` is written by whoever
     releases, and read by whoever leaves. `_releasing` is locked while someone does, for the one
@@ -156,35 +182,47 @@ class Keeper:
         *,
         take: Callable[..., Coroutine[Any, Any, Acquired | Held]],
         ttl_ms: float,
-        renew_every_ms: float | None,
+        renew_every_ms: float | Duration | None,
+        wait_ms: float | Duration = 0,
+        at_least_ms: float | Duration,
+        at_most_ms: float | None,
+        clock_skew_ms: float = 0,
         clock: Callable[[], float],
-        uuid_factory: Callable[[], uuid.UUID | str],
-        now: Callable[[], float] = monotonic_ms,
+        now: Callable[[], float],
     ) -> None:
         every_ms = ttl_ms / 3 if renew_every_ms is None else milliseconds(renew_every_ms)
-        if every_ms is None or not every_ms < ttl_ms - _LOST_EARLY_MS:
+        if every_ms is None or not 0 < every_ms < ttl_ms - _LOST_EARLY_MS:
             if renew_every_ms is None:
                 raise ValueError(f"ttl_ms is too short to be renewed: {ttl_ms}")
             raise ValueError(
                 f"renew_every_ms must be more than 0 and less than the TTL of {ttl_ms} ms "
                 f"by more than {_LOST_EARLY_MS} ms, not {renew_every_ms!r}"
             )
+        self._wait_ms = not_negative("wait_ms", wait_ms)
+        self._at_least_ms = not_negative("at_least_ms", at_least_ms)
+        if at_most_ms is not None and at_most_ms < self._at_least_ms:
+            raise ValueError(
+                f"at_most_ms must not be less than at_least_ms: {at_most_ms} and {at_least_ms}"
+            )
         self.key: str = job_lock_key(canister_uid, vault_id)
         self.is_over: Callable[[], bool] = lambda: False
         self.entered: bool = False
+        self.begun: bool = False
         self.ended: bool = False
         self.kept: bool = False
+        self.requeue_ms: float | None = None
         self._store = store
         self._ids = (canister_uid, vault_id)
         self._take = take
         self._ttl_ms = ttl_ms
         self._renew_every_ms = every_ms
+        self._at_most_ms = at_most_ms
+        self._clock_skew_ms = clock_skew_ms
         self._clock = clock
-        self._uuid_factory = uuid_factory
         self._now = now
         self._loss_unlogged = threading.Lock()
         self._releasing = threading.Lock()
-        self._job_id: str | None = None
+        self._writing: tuple[JobLockRecord, JobLockRecord | None] | None = None
         self._tried = False
         self._process = os.getpid()
 
@@ -193,20 +231,16 @@ class Keeper:
         """Whether this is a child of the process that has the lock."""
         return os.getpid() != self._process
 
-    async def enter(self) -> None:
-        """Take the lock, or raise `JobLockHeldError`."""
+    async def enter(self, wait: Callable[[float], Coroutine[Any, Any, None]]) -> None:
+        """Take the lock, or raise `JobLockHeldError` or `JobLockLostError`.
+
+        `wait` waits for so many seconds, or for the end of the block that has not begun.
+        """
         self._process = os.getpid()
-        begun = self._now()
         try:
-            taken = await self._take(uuid_factory=self._new_job_id)
-            if isinstance(taken, Held):
-                raise JobLockHeldError(taken.existing, taken.now_ms, taken.clock_skew_ms)
-            self.lease = Lease(
-                taken, begun=begun, ttl_ms=self._ttl_ms, renew_every_ms=self._renew_every_ms
-            )
-            self.entered = True
+            await self._enter(wait)
         except JobLockError:  # refused: nothing was written
-            self._job_id = None
+            self._writing = None
             raise
         except GeneratorExit:  # nobody runs this any more
             raise
@@ -216,9 +250,47 @@ class Keeper:
         if self.ended or self.is_over():  # nobody waits for the lock any more
             await self.finish()
 
-    def _new_job_id(self) -> str:
-        self._job_id = new_job_id(self._uuid_factory)
-        return self._job_id
+    async def _enter(self, wait: Callable[[float], Coroutine[Any, Any, None]]) -> None:
+        until = self._now() + self._wait_ms
+        held = await self._taken()
+        looks = 0
+        while held is not None:
+            self._writing = None
+            left_ms = until - self._now()
+            if left_ms <= 0 or self.ended or self.is_over():
+                raise JobLockHeldError(held.existing, held.now_ms, held.clock_skew_ms)
+            lease_ms = (held.existing.expires_at or 0) + held.clock_skew_ms - (held.now_ms or 0)
+            pause = max(_SHORTEST_PAUSE_MS, min(pause_ms(looks), lease_ms))
+            await wait(min(pause, left_ms) / 1000)
+            looks += 1
+            held = await _protocol.look(
+                self._store, *self._ids, clock_skew_ms=self._clock_skew_ms, clock=self._clock
+            )
+            if held is None:
+                held = await self._taken()
+
+    async def _taken(self) -> Held | None:
+        """Take the lock; return who has it if it is not to be had."""
+        begun = self._now()
+        wall = 0 if self._at_most_ms is None else self._clock()
+        taken = await self._take(writing=self._note)
+        if isinstance(taken, Held):
+            return taken
+        last = math.inf
+        if self._at_most_ms is not None and taken.record.started_at is not None:
+            last = begun + taken.record.started_at + self._at_most_ms - wall
+        self.lease = Lease(
+            taken,
+            begun=begun,
+            ttl_ms=self._ttl_ms,
+            renew_every_ms=self._renew_every_ms,
+            last=last,
+        )
+        self.entered = True
+        return None
+
+    def _note(self, written: JobLockRecord, replaced: JobLockRecord | None) -> None:
+        self._writing = (written, replaced)
 
     def loss(self) -> JobLockLostError | None:
         """The lease's loss, also by the caller's clock; logged once, by whoever notices first."""
@@ -265,6 +337,7 @@ class Keeper:
                 *self._ids,
                 expected_job_id=self.lease.job_id,
                 ttl_ms=self._ttl_ms,
+                at_most_ms=self._at_most_ms,
                 clock=self._clock,
                 etag=self.lease.etag,
                 record=self.lease.record,
@@ -295,22 +368,51 @@ class Keeper:
             self._releasing.release()
         self._tried = True
 
+    @property
+    def _job_id(self) -> str | None:
+        return None if self._writing is None else self._writing[0].job_id
+
     async def _release(self) -> None:
-        if not self.entered:  # entering failed, perhaps after its write
-            if self._job_id is not None:
-                await _protocol.release(
-                    self._store, *self._ids, expected_job_id=self._job_id, etag=None
+        if not self.begun:  # entering was interrupted, or failed, perhaps after its write
+            if self._writing is not None:
+                written, replaced = self._writing
+                etag = self.lease.etag if self.entered else None
+                await _protocol.undo(
+                    self._store, *self._ids, written=written, replaced=replaced, etag=etag
                 )
             return
-        released = await _protocol.release(
-            self._store,
-            *self._ids,
-            expected_job_id=self.lease.job_id,
-            etag=self.lease.etag,
-            run=self.lease.record,
-        )
-        if released.reason is not None:
-            self.lease.lose(released.reason, None)
+        lease = self.lease
+        if self.requeue_ms is not None:
+            requeued = await _protocol.requeue(
+                self._store,
+                *self._ids,
+                run=lease.record,
+                etag=lease.etag,
+                ttl_ms=self.requeue_ms,
+                at_least_ms=self._at_least_ms,
+                clock=self._clock,
+            )
+            lost = requeued.reason if isinstance(requeued, Lost) else None
+        else:
+            released = await _protocol.release(
+                self._store,
+                *self._ids,
+                expected_job_id=lease.job_id,
+                etag=lease.etag,
+                record=lease.record,
+                run=lease.record,
+                at_least_ms=self._at_least_ms,
+                clock=self._clock,
+            )
+            lost = released.reason
+        if lost is not None:
+            lease.lose(lost, None)
+
+    def requeue(self, ttl_ms: float) -> None:
+        """Have the lock left to the job's next run, instead of being released."""
+        if self.ended:
+            raise RuntimeError("the block is over: its lock cannot be requeued any more")
+        self.requeue_ms = ttl_ms
 
     def died(self, error: BaseException) -> None:
         """Take in that the thread or task ended otherwise than by its own rules."""
@@ -346,6 +448,98 @@ class Keeper:
             raise loss
         if loss is not None and error is not None:
             error.add_note(str(loss))
+
+
+def holding(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    described: JobLockRecord,
+    renew_every_ms: float | Duration | None,
+    ttl_ms: float | Duration,
+    wait_ms: float | Duration,
+    at_least_ms: float | Duration,
+    at_most_ms: float | Duration | None,
+    clock_skew_ms: float,
+    clock: Callable[[], float],
+    uuid_factory: Callable[[], uuid.UUID | str],
+    now: Callable[[], float] = monotonic_ms,
+) -> Keeper:
+    """The keeper of a new job's lock."""
+    lease_ms = positive("ttl_ms", ttl_ms)
+    most_ms = None if at_most_ms is None else positive("at_most_ms", at_most_ms)
+    return Keeper(
+        store,
+        canister_uid,
+        vault_id,
+        take=partial(
+            _protocol.acquire,
+            store,
+            canister_uid,
+            vault_id,
+            described=described,
+            ttl_ms=lease_ms,
+            at_most_ms=most_ms,
+            clock_skew_ms=clock_skew_ms,
+            clock=clock,
+            uuid_factory=uuid_factory,
+            id_is_new=uuid_factory is uuid.uuid4,
+        ),
+        ttl_ms=lease_ms,
+        renew_every_ms=renew_every_ms,
+        wait_ms=wait_ms,
+        at_least_ms=at_least_ms,
+        at_most_ms=most_ms,
+        clock_skew_ms=clock_skew_ms,
+        clock=clock,
+        now=now,
+    )
+
+
+def resuming(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str,
+    renew_every_ms: float | Duration | None,
+    ttl_ms: float | Duration,
+    at_least_ms: float | Duration,
+    at_most_ms: float | Duration | None,
+    clock_skew_ms: float,
+    clock: Callable[[], float],
+    uuid_factory: Callable[[], uuid.UUID | str],
+    now: Callable[[], float] = monotonic_ms,
+) -> Keeper:
+    """The keeper of the lock of a job that another has begun."""
+    check_text("expected_job_id", expected_job_id)
+    lease_ms = positive("ttl_ms", ttl_ms)
+    most_ms = None if at_most_ms is None else positive("at_most_ms", at_most_ms)
+    return Keeper(
+        store,
+        canister_uid,
+        vault_id,
+        take=partial(
+            _protocol.resume,
+            store,
+            canister_uid,
+            vault_id,
+            expected_job_id=expected_job_id,
+            ttl_ms=lease_ms,
+            at_most_ms=most_ms,
+            clock_skew_ms=clock_skew_ms,
+            clock=clock,
+            uuid_factory=uuid_factory,
+            id_is_new=uuid_factory is uuid.uuid4,
+        ),
+        ttl_ms=lease_ms,
+        renew_every_ms=renew_every_ms,
+        at_least_ms=at_least_ms,
+        at_most_ms=most_ms,
+        clock=clock,
+        now=now,
+    )
 
 
 def log_unreleased(job_id: str | None, key: str, why: BaseException | str) -> None:
@@ -387,7 +581,9 @@ class Once:
     def __call__(self) -> None:
         """Raise RuntimeError unless this is the first call."""
         if not self._done.acquire(blocking=False):
-            raise RuntimeError("this hold has been entered: call hold_job_lock for another block")
+            raise RuntimeError(
+                "this has been entered: call hold_job_lock or resume_job_lock for another block"
+            )
 
 
 def way_out(function: Callable[..., Any]) -> Any:

@@ -7,13 +7,13 @@ whose methods are `async def` and never suspend, so one `send` runs a coroutine 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Generic, TypeVar
 
 from . import _protocol
-from ._given import Duration, described, lenient_ttl, strict_ttl
+from ._given import Duration, described, lenient_ttl, not_negative, positive
 from ._protocol import JOB_LOCK_TTL_MS
-from ._record import JobLockRecord, epoch_ms
+from ._record import JobLockRecord, JsonValue, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
 from ._store import (
     AsyncBlobStore,
@@ -38,6 +38,7 @@ def acquire_job_lock(
     chunks_to_embed: float | None = None,
     estimated_seconds: float | None = None,
     reason: str | None = None,
+    extra: Mapping[str, JsonValue] | None = None,
     ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
@@ -51,7 +52,9 @@ def acquire_job_lock(
     free; on a plain store several may.
 
     `actor_uid`, `chunks_to_embed`, `estimated_seconds` and `reason` only describe the job; a value
-    of the wrong type is recorded as null, with a `JobLockWarning`. `ttl_ms` is the lease in
+    of the wrong type is recorded as null, with a `JobLockWarning`. `extra` has fields of your own,
+    JSON values under names that the record does not have yet, such as a queue's task id; they are
+    kept when the lock is renewed or resumed. `ttl_ms` is the lease in
     milliseconds, or a `timedelta`, from just before the write; what is not positive and finite is
     the default, with a warning. `clock_skew_ms` is for how much
     longer than its own deadline a lease is honoured: the most by which the clocks of your hosts
@@ -62,7 +65,8 @@ def acquire_job_lock(
             Nothing was written.
         TypeError: the store lacks methods or is async, or the clock gives no finite number.
             Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
-        ValueError: `clock_skew_ms` is negative or not a finite number. Nothing was written.
+        ValueError: `clock_skew_ms` is negative or not a finite number, or `extra` is not what JSON
+            has or names a known field. Nothing was written.
         StoreContentionError: others changed the record each time. The lock is not this caller's.
         Exception: what the store raised. If a write raised, the lock may have been taken with the
             id that `uuid_factory` gave: release that id, or leave the lease to expire.
@@ -79,6 +83,7 @@ def acquire_job_lock(
                 chunks_to_embed=chunks_to_embed,
                 estimated_seconds=estimated_seconds,
                 reason=reason,
+                extra=extra,
             ),
             ttl_ms=lenient_ttl(ttl_ms, JOB_LOCK_TTL_MS),
             clock_skew_ms=clock_skew_ms,
@@ -96,6 +101,8 @@ def release_job_lock(
     *,
     expected_job_id: str | None = None,
     etag: str | None = None,
+    at_least_ms: float | Duration = 0,
+    clock: Callable[[], float] = epoch_ms,
 ) -> ReleaseResult:
     """Remove the lock if it is `expected_job_id`'s; without a job id, remove whatever is there.
 
@@ -104,26 +111,34 @@ def release_job_lock(
     lock that nobody took over is released. Without a job id it is always `released`, also if
     there was nothing.
 
+    `at_least_ms`, milliseconds or a `timedelta`, is the least time for which the job keeps the
+    lock, from its `started_at`. A release before that is `released`, too: the record stays, live
+    until then, with `ended_at`, by `clock`.
+
     `etag`, from this job's `Acquired` or `Renewed`, saves a request: while it is current the
     record is removed unread, so the job id is not compared; if it is out of date, the owner is
     looked up as without it. A plain store has no etags.
 
     Raises:
         InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
-            string, or an etag came without a job id. Nothing was removed.
+            string, or an etag or `at_least_ms` came without a job id. Nothing was removed.
+        ValueError: `at_least_ms` is negative or not finite. Nothing was removed.
         TypeError: the store lacks methods or is async. Nothing was removed. Or it does not say
             whether it removed the record: then it may be gone.
         StoreContentionError: the record changed each time. It was not removed; retry.
         Exception: what the store raised. If the delete raised, the lock may be gone or not;
             releasing the same job id again is safe.
     """
+    least_ms = not_negative("at_least_ms", at_least_ms)
     return run(
         _protocol.release(
-            view(store, _protocol.release_needs(expected_job_id)),
+            view(store, _protocol.release_needs(expected_job_id, least_ms)),
             canister_uid,
             vault_id,
             expected_job_id=expected_job_id,
             etag=etag,
+            at_least_ms=least_ms,
+            clock=clock,
         )
     )
 
@@ -153,7 +168,8 @@ def renew_job_lock(
     """Move the deadline of `expected_job_id`'s lock to `ttl_ms` from now, but never back.
 
     Returns `Renewed`, or `Lost` with the reason (those of a release) and the record that is there
-    now. A lock that has expired but was not taken over is renewed. With both the `record` and the
+    now. A lock that has expired but was not taken over is renewed; one that has ended is
+    "lock_already_gone". With both the `record` and the
     `etag` of the last `Acquired` or `Renewed` it is one request instead of two, if the etag still
     is the current one; with only one of them they save nothing.
 
@@ -174,7 +190,7 @@ def renew_job_lock(
             canister_uid,
             vault_id,
             expected_job_id=expected_job_id,
-            ttl_ms=strict_ttl(ttl_ms),
+            ttl_ms=positive("ttl_ms", ttl_ms),
             clock=clock,
             etag=etag,
             record=record,

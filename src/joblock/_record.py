@@ -31,8 +31,11 @@ def epoch_ms() -> int:
 class JobLockRecord(Value):
     """One lock as it is stored. A field that is missing or of the wrong type reads as None.
 
-    `started_at` and `expires_at` are epoch milliseconds. `extra` has the fields that this version
-    does not know, by their names on the wire; they are written back when the lock is renewed.
+    `started_at`, `expires_at` and `ended_at` are epoch milliseconds. `run_id` is the execution of
+    the job that has resumed the lock; without one the job waits to be run, or `hold_job_lock` runs
+    it. `ended_at` is when the job ended, where its lock is kept on until `expires_at`. `extra` has
+    the fields that this version does not know, by their names on the wire; they are written back
+    when the lock is renewed.
     """
 
     __slots__ = __match_args__ = (
@@ -46,6 +49,8 @@ class JobLockRecord(Value):
         "started_at",
         "expires_at",
         "extra",
+        "run_id",
+        "ended_at",
     )
 
     job_id: str | None
@@ -58,6 +63,8 @@ class JobLockRecord(Value):
     started_at: float | None
     expires_at: float | None
     extra: dict[str, JsonValue]
+    run_id: str | None
+    ended_at: float | None
 
     def __init__(
         self,
@@ -71,6 +78,8 @@ class JobLockRecord(Value):
         started_at: float | None = None,
         expires_at: float | None = None,
         extra: dict[str, JsonValue] | None = None,
+        run_id: str | None = None,
+        ended_at: float | None = None,
     ) -> None:
         assign(self, "job_id", job_id)
         assign(self, "canister_uid", canister_uid)
@@ -82,9 +91,11 @@ class JobLockRecord(Value):
         assign(self, "started_at", started_at)
         assign(self, "expires_at", expires_at)
         assign(self, "extra", {} if extra is None else dict(extra))
+        assign(self, "run_id", run_id)
+        assign(self, "ended_at", ended_at)
 
     def __hash__(self) -> int:
-        return hash(self._values()[:-1])  # `extra` is a dict
+        return hash((self.job_id, self.run_id, self.started_at, self.expires_at))
 
     def is_live(self, now_ms: float | None = None) -> bool:
         """Whether the lease runs at `now_ms`, by default now. At `expires_at` it has expired."""
@@ -102,8 +113,11 @@ class JobLockRecord(Value):
         return max(1, math.ceil(left_ms / 1000))
 
     def to_dict(self) -> dict[str, JsonValue]:
-        """Return the fields under their names on the wire, in their order there."""
-        return {
+        """Return the fields under their names on the wire, in their order there.
+
+        `runId` and `endedAt` are there only where they are set: the original writes neither.
+        """
+        fields: dict[str, JsonValue] = {
             "jobId": self.job_id,
             "canisterUid": self.canister_uid,
             "vaultId": self.vault_id,
@@ -113,12 +127,16 @@ class JobLockRecord(Value):
             "reason": self.reason,
             "startedAt": self.started_at,
             "expiresAt": self.expires_at,
-            **self.extra,
         }
+        if self.run_id is not None:
+            fields["runId"] = self.run_id
+        if self.ended_at is not None:
+            fields["endedAt"] = self.ended_at
+        return fields | self.extra
 
     def to_json(self) -> str:
         """Return the text to store, the bytes of JavaScript's `JSON.stringify`."""
-        if self.extra:
+        if self.extra or self.run_id is not None or self.ended_at is not None:
             text = _stringify(self.to_dict())
         else:  # the same, in half of the time
             text = (
@@ -150,8 +168,13 @@ class JobLockRecord(Value):
             reason=as_text(document.pop("reason", None)),
             started_at=as_number(document.pop("startedAt", None)),
             expires_at=as_number(document.pop("expiresAt", None)),
+            run_id=as_text(document.pop("runId", None)),
+            ended_at=as_number(document.pop("endedAt", None)),
             extra=document,
         )
+
+
+KNOWN_FIELDS = frozenset(JobLockRecord(None, None, None, run_id="", ended_at=0).to_dict())
 
 
 def utc(ms: object) -> str | None:

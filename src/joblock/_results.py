@@ -90,7 +90,7 @@ class Held(Value):
 
 
 class ReleaseResult(Value):
-    """Whether the lock is gone by this call and, where it is not, what was found instead."""
+    """Whether the job's lock has ended by this call and, where not, what was found instead."""
 
     __slots__ = __match_args__ = ("released", "reason")
 

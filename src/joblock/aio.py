@@ -1,7 +1,7 @@
 """joblock for async stores: the same names, to be awaited.
 
-The functions run under asyncio, trio or any other event loop; `hold_job_lock` and
-`ThreadedBlobStore` are for asyncio, and so is what `acquire_job_lock` does when it is cancelled.
+The functions run under asyncio, trio or any other event loop. `hold_job_lock`, `resume_job_lock`
+and `ThreadedBlobStore` are for asyncio, and so is what `acquire_job_lock` does when cancelled.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import inspect
 import os
 import uuid
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import MethodType, TracebackType
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
-from . import _ids, _protocol
-from ._given import Duration, described, lenient_ttl, strict_ttl
+from . import _protocol
+from ._given import Duration, described, lenient_ttl, not_negative, positive
 from ._hold import OwnedJobLock
 from ._ids import job_lock_key
-from ._lease import Keeper, Once, log_unreleased, over, way_out
+from ._lease import Keeper, Once, holding, log_unreleased, over, resuming, way_out
 from ._locks import run, view
-from ._protocol import JOB_LOCK_TTL_MS
-from ._record import JobLockRecord, epoch_ms
+from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
+from ._record import JobLockRecord, JsonValue, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
 from ._store import (
     CONDITIONAL,
@@ -52,6 +52,7 @@ __all__ = [
     "peek_job_lock",
     "release_job_lock",
     "renew_job_lock",
+    "resume_job_lock",
 ]
 
 
@@ -64,6 +65,7 @@ async def acquire_job_lock(
     chunks_to_embed: float | None = None,
     estimated_seconds: float | None = None,
     reason: str | None = None,
+    extra: Mapping[str, JsonValue] | None = None,
     ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
@@ -76,18 +78,25 @@ async def acquire_job_lock(
     store takes longer than 10 seconds, that goes on in the background. Elsewhere a call that is
     cancelled may have taken the lock, as one whose write raised.
     """
-    drawn: list[str] = []
+    last: list[tuple[JobLockRecord, JobLockRecord | None]] = []
 
-    def new_job_id() -> str:
-        drawn.append(_ids.new_job_id(uuid_factory))
-        return drawn[0]
+    def note(written: JobLockRecord, replaced: JobLockRecord | None) -> None:
+        last[:] = [(written, replaced)]
 
     async def undo() -> None:
-        for job_id in drawn:
+        for written, replaced in last:
+            take_back = partial(
+                _protocol.undo,
+                canister_uid=canister_uid,
+                vault_id=vault_id,
+                written=written,
+                replaced=replaced,
+            )
             try:
-                await release_job_lock(store, canister_uid, vault_id, expected_job_id=job_id)
+                await _begun(store, _protocol.HOLD_NEEDS, take_back)
             except Exception as error:
-                log_unreleased(job_id, job_lock_key(canister_uid, vault_id), error)
+                key = job_lock_key(canister_uid, vault_id)
+                log_unreleased(written.job_id, key, error)
 
     acquire = partial(
         _protocol.acquire,
@@ -100,12 +109,14 @@ async def acquire_job_lock(
             chunks_to_embed=chunks_to_embed,
             estimated_seconds=estimated_seconds,
             reason=reason,
+            extra=extra,
         ),
         ttl_ms=lenient_ttl(ttl_ms, JOB_LOCK_TTL_MS),
         clock_skew_ms=clock_skew_ms,
         clock=clock,
-        uuid_factory=new_job_id,
+        uuid_factory=uuid_factory,
         id_is_new=uuid_factory is uuid.uuid4,
+        writing=note,
     )
     return await _undone_if_cancelled(_begun(store, _protocol.ACQUIRE_NEEDS, acquire), undo)
 
@@ -117,19 +128,24 @@ async def release_job_lock(
     *,
     expected_job_id: str | None = None,
     etag: str | None = None,
+    at_least_ms: float | Duration = 0,
+    clock: Callable[[], float] = epoch_ms,
 ) -> ReleaseResult:
     """As `joblock.release_job_lock`, on an async store.
 
     A call that is cancelled may have removed the lock; releasing the same job id again is safe.
     """
+    least_ms = not_negative("at_least_ms", at_least_ms)
     release = partial(
         _protocol.release,
         canister_uid=canister_uid,
         vault_id=vault_id,
         expected_job_id=expected_job_id,
         etag=etag,
+        at_least_ms=least_ms,
+        clock=clock,
     )
-    return await _begun(store, _protocol.release_needs(expected_job_id), release)
+    return await _begun(store, _protocol.release_needs(expected_job_id, least_ms), release)
 
 
 async def peek_job_lock(
@@ -160,7 +176,7 @@ async def renew_job_lock(
         canister_uid=canister_uid,
         vault_id=vault_id,
         expected_job_id=expected_job_id,
-        ttl_ms=strict_ttl(ttl_ms),
+        ttl_ms=positive("ttl_ms", ttl_ms),
         clock=clock,
         etag=etag,
         record=record,
@@ -173,12 +189,16 @@ def hold_job_lock(
     canister_uid: str,
     vault_id: str,
     *,
-    renew_every_ms: float | None = None,
+    renew_every_ms: float | Duration | None = None,
     actor_uid: str | None = None,
     chunks_to_embed: float | None = None,
     estimated_seconds: float | None = None,
     reason: str | None = None,
-    ttl_ms: float | Duration = JOB_LOCK_TTL_MS,
+    extra: Mapping[str, JsonValue] | None = None,
+    ttl_ms: float | Duration = HOLD_TTL_MS,
+    wait_ms: float | Duration = 0,
+    at_least_ms: float | Duration = 0,
+    at_most_ms: float | Duration | None = None,
     clock_skew_ms: float = 0,
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
@@ -188,36 +208,68 @@ def hold_job_lock(
     A task renews the lock. A block that is cancelled releases it like any other, and so does one
     that is cancelled again while leaving; the cancellation goes on once the store has answered.
     After the fourth cancellation nobody waits any more, and the task goes on in the background.
-    Entering that is cancelled leaves no lock behind, as `acquire_job_lock`. A block that keeps the
-    event loop busy for longer than the lease loses its lock. Left in another event loop than it
-    was entered in, it releases the lock and raises RuntimeError.
+    Entering that is cancelled, also while it waits, leaves no lock behind, as `acquire_job_lock`.
+    A block that keeps the event loop busy for longer than the lease loses its lock. Left in
+    another event loop than it was entered in, it releases the lock and raises RuntimeError.
     """
     _require_async(store, _protocol.HOLD_NEEDS)
     return _Hold(
-        Keeper(
+        holding(
             store,
             canister_uid,
             vault_id,
-            take=partial(
-                _protocol.acquire,
-                store,
+            described=described(
                 canister_uid,
                 vault_id,
-                described=described(
-                    canister_uid,
-                    vault_id,
-                    actor_uid=actor_uid,
-                    chunks_to_embed=chunks_to_embed,
-                    estimated_seconds=estimated_seconds,
-                    reason=reason,
-                ),
-                ttl_ms=strict_ttl(ttl_ms),
-                clock_skew_ms=clock_skew_ms,
-                clock=clock,
-                id_is_new=uuid_factory is uuid.uuid4,
+                actor_uid=actor_uid,
+                chunks_to_embed=chunks_to_embed,
+                estimated_seconds=estimated_seconds,
+                reason=reason,
+                extra=extra,
             ),
-            ttl_ms=strict_ttl(ttl_ms),
             renew_every_ms=renew_every_ms,
+            ttl_ms=ttl_ms,
+            wait_ms=wait_ms,
+            at_least_ms=at_least_ms,
+            at_most_ms=at_most_ms,
+            clock_skew_ms=clock_skew_ms,
+            clock=clock,
+            uuid_factory=uuid_factory,
+        )
+    )
+
+
+def resume_job_lock(
+    store: AsyncBlobStore,
+    canister_uid: str,
+    vault_id: str,
+    *,
+    expected_job_id: str,
+    renew_every_ms: float | Duration | None = None,
+    ttl_ms: float | Duration = HOLD_TTL_MS,
+    at_least_ms: float | Duration = 0,
+    at_most_ms: float | Duration | None = None,
+    clock_skew_ms: float = 0,
+    clock: Callable[[], float] = epoch_ms,
+    uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
+) -> AbstractAsyncContextManager[OwnedJobLock]:
+    """As `joblock.resume_job_lock`, on an async store, for `async with` under asyncio.
+
+    A task renews the lock; for cancellation and event loops see `hold_job_lock`. Entering that is
+    cancelled writes back the record that it has replaced, so that the next delivery can enter.
+    """
+    _require_async(store, _protocol.HOLD_NEEDS)
+    return _Hold(
+        resuming(
+            store,
+            canister_uid,
+            vault_id,
+            expected_job_id=expected_job_id,
+            renew_every_ms=renew_every_ms,
+            ttl_ms=ttl_ms,
+            at_least_ms=at_least_ms,
+            at_most_ms=at_most_ms,
+            clock_skew_ms=clock_skew_ms,
             clock=clock,
             uuid_factory=uuid_factory,
         )
@@ -253,9 +305,14 @@ def _in_background(work: Coroutine[Any, Any, _T], name: str | None = None) -> as
 
 
 async def _undone_if_cancelled(
-    work: Awaitable[_T], undo: Callable[[], Coroutine[Any, Any, object]]
+    work: Awaitable[_T],
+    undo: Callable[[], Coroutine[Any, Any, object]],
+    stop: Callable[[], object] = bool,
 ) -> _T:
-    """Return what `work` returns; if that is cancelled, undo it once it has ended, and go on."""
+    """Return what `work` returns; if that is cancelled, undo it once it has ended, and go on.
+
+    `stop` is called at once, to end it soon.
+    """
     if not isinstance(work, asyncio.Future):
         try:
             asyncio.get_running_loop()
@@ -267,6 +324,7 @@ async def _undone_if_cancelled(
     except GeneratorExit:  # nobody runs this any more
         raise
     except BaseException:  # a cancellation, or what a signal handler raised
+        stop()
         await _patiently(_in_background(_undo(work, undo)), _UNDO_S)
         raise
     return work.result()
@@ -316,12 +374,15 @@ class _Hold:
         self._lock = OwnedJobLock(self._keeper)
         self._keeper.is_over = over(self._lock, self.bound_way_out)
         try:
-            await _undone_if_cancelled(self._keeper.enter(), self._keeper.finish)
+            enter = self._keeper.enter(partial(_wait, self._ended))
+            await _undone_if_cancelled(enter, self._keeper.finish, self._stop)
             self._task = self._start()
+            self._keeper.begun = True
             return self._lock
         except GeneratorExit:
             raise
         except BaseException:
+            self._keeper.begun = False
             self._keeper.end()  # what still enters in the background then leaves again
             if self._keeper.entered:
                 await self._finish()
@@ -352,6 +413,10 @@ class _Hold:
         if interrupt is not None:
             raise interrupt
 
+    def _stop(self) -> None:
+        self._keeper.end()
+        self._ended.set()
+
     def _start(self) -> asyncio.Task[None]:
         work = _keep(self._keeper, self._ended)
         return _in_background(work, f"joblock {self._keeper.key}")
@@ -359,8 +424,7 @@ class _Hold:
     async def _finish(self) -> asyncio.CancelledError | None:
         """Have the task release the lock, and wait for it; return what cancels the waiting."""
         keeper = self._keeper
-        keeper.end()
-        self._ended.set()
+        self._stop()
         cancelled: asyncio.CancelledError | None = None
         for _ in range(_PATIENCE):
             if self._task is None or (self._task.done() and not keeper.finished):
@@ -390,14 +454,15 @@ class _Hold:
         exc.add_note(wrong)
 
 
-async def _keep(keeper: Keeper, ended: asyncio.Event) -> None:
-    async def wait(seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await ended.wait()
+async def _wait(ended: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await ended.wait()
 
+
+async def _keep(keeper: Keeper, ended: asyncio.Event) -> None:
     try:
-        await keeper.keep(wait)
+        await keeper.keep(partial(_wait, ended))
     except asyncio.CancelledError as error:
         if not keeper.ended:
             keeper.died(error)

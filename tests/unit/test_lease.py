@@ -58,13 +58,17 @@ class Simulation:
             clock=self.clock,
             now=self.monotonic,
         )
-        await_now(self.keeper.enter())
+        await_now(self.keeper.enter(self.wait))
+        self.keeper.begun = True
         self.lease = self.keeper.lease
         self.lock = OwnedJobLock(self.keeper)
         self.pass_time: Callable[[float], None] = self.clock.tick
 
     def monotonic(self) -> float:
         return self.clock.now - 999_000
+
+    async def wait(self, seconds: float) -> None:
+        self.pass_time(seconds * 1000)
 
     def job(self, duration_ms: float) -> None:
         """Run a job that lasts so long, and leave."""
@@ -383,8 +387,11 @@ def test_entering_that_nobody_runs_any_more() -> None:
         steps.append("waits")
         await Forever()
 
+    async def wait(_: float) -> None:
+        pytest.fail("the lock is not held")
+
     keeper._take = take
-    entering = keeper.enter()
+    entering = keeper.enter(wait)
     entering.send(None)
     entering.close()
     assert steps == ["waits"]
