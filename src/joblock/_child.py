@@ -21,13 +21,14 @@ import queue
 import signal
 import subprocess
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
 from ._hold import OwnedJobLock
 from ._output import say
+from ._record import JobLockRecord
 
 # A shell's exit statuses.
 CANNOT_RUN, NOT_FOUND, KILLED_BY = 126, 127, 128
@@ -48,14 +49,14 @@ _TERMINAL = Path("/dev/tty")
 
 def attend(command: list[str], lock: OwnedJobLock, signals: Signals, grace_s: float) -> int:
     """Run the command to its end and return its status; pass on signals; stop it at a loss."""
-    early = next(_drain(signals), None)
+    early = early_signal(signals)
     if early is not None:
         return KILLED_BY + early
     own_group = os.name == "posix" and _foreground_group(_TERMINAL) is None
     try:
         child = subprocess.Popen(
             command,
-            env={**os.environ, "JOBLOCK_JOB_ID": lock.job_id},
+            env=_environment(lock.record),
             close_fds=False,  # as flock(1): redirections of the caller's stay open
             process_group=0 if own_group else None,
         )
@@ -86,16 +87,26 @@ def attend(command: list[str], lock: OwnedJobLock, signals: Signals, grace_s: fl
     return child.returncode if child.returncode >= 0 else KILLED_BY - child.returncode
 
 
+def _environment(record: JobLockRecord) -> dict[str, str]:
+    """This process's, with the ids of the job and of its run, where it has them."""
+    ids = {"JOBLOCK_JOB_ID": record.job_id, "JOBLOCK_RUN_ID": record.run_id}
+    inherited = {name: text for name, text in os.environ.items() if name not in ids}
+    return inherited | {name: text for name, text in ids.items() if text is not None}
+
+
 @contextlib.contextmanager
-def collected_signals() -> Generator[Signals]:
+def collected_signals(stop_waiting: Callable[[], object]) -> Generator[Signals]:
     """Collect the signals that would end this process, except those that it was told to ignore.
 
-    Only collected: none can interrupt an acquire or a release halfway.
+    Only collected: none can interrupt an acquire or a release halfway. Who waits for the lock is
+    told by `stop_waiting`.
     """
     signals: Signals = queue.SimpleQueue()
 
     def collect(signum: int, _frame: FrameType | None) -> None:
         signals.put(signum)
+        if signum not in _CHILD_ENDED:
+            stop_waiting()
 
     heeded = [signum for signum in _PASSED_ON if signal.getsignal(signum) != signal.SIG_IGN]
     before = {signum: signal.signal(signum, collect) for signum in (*heeded, *_CHILD_ENDED)}
@@ -104,6 +115,11 @@ def collected_signals() -> Generator[Signals]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def early_signal(signals: Signals) -> int | None:
+    """The first signal that came before the command was started, if one did."""
+    return next(_drain(signals), None)
 
 
 def _drain(signals: Signals) -> Iterator[int]:

@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,12 +18,15 @@ from . import (
     InvalidIdError,
     JobLockHeldError,
     JobLockLostError,
+    OwnedJobLock,
     __version__,
     hold_job_lock,
     peek_job_lock,
     release_job_lock,
+    resume_job_lock,
 )
-from ._child import KILLED_BY, attend, collected_signals
+from ._child import KILLED_BY, attend, collected_signals, early_signal
+from ._hold import stop_waiting
 from ._output import (
     CommandError,
     ascii_json,
@@ -54,7 +59,11 @@ class _Arguments(argparse.Namespace):
     vault: str
     # run
     command: list[str]
+    resume: str | None
     ttl: int
+    wait: int
+    at_least: int
+    at_most: int | None
     grace: int
     reason: str | None
     # peek
@@ -67,7 +76,7 @@ class _Arguments(argparse.Namespace):
 
 
 # What the arguments of the functions are called on the command line.
-_SHOWN = {"canister_uid": "UID", "vault_id": "VAULT", "expected_job_id": "--job-id"}
+_SHOWN = {"canister_uid": "UID", "vault_id": "VAULT", "expected_job_id": "the job's id"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,26 +111,50 @@ def _do(words: list[str]) -> int:
 def _run(args: _Arguments) -> int:
     if not args.command:
         raise CommandError(USAGE, _NO_COMMAND)
-    store = _open_shared(args.store)
+    hold = _hold(args, _open_shared(args.store))
     status, ended = UNAVAILABLE, "was not started"
-    with log_to_stderr(), collected_signals() as signals:
+    with log_to_stderr(), collected_signals(partial(stop_waiting, hold)) as signals:
         try:
-            with hold_job_lock(
-                store,
-                args.uid,
-                args.vault,
-                ttl_ms=args.ttl,
-                reason=args.reason,
-                actor_uid=f"{socket.gethostname()} process {os.getpid()}",
-            ) as lock:
+            with hold as lock:
                 lock.check()  # the store may have taken longer than the lease lasts
                 status = attend(args.command, lock, signals, args.grace / 1000)
                 ended = f"ended with {status}"
         except JobLockHeldError as error:
+            early = early_signal(signals)  # it waited no longer
+            if early is not None:
+                return KILLED_BY + early
             raise CommandError(HELD, held_by(args.uid, args.vault, error.existing)) from error
         except JobLockLostError as error:
             raise CommandError(LOST, f"the lock was lost; the command {ended}") from error
     return status
+
+
+def _hold(args: _Arguments, store: BlobStore) -> AbstractContextManager[OwnedJobLock]:
+    if args.at_most is not None and args.at_most < args.at_least:
+        raise CommandError(USAGE, "run: --at-most must not be less than --at-least")
+    if args.resume is None:
+        return hold_job_lock(
+            store,
+            args.uid,
+            args.vault,
+            ttl_ms=args.ttl,
+            wait_ms=args.wait,
+            at_least_ms=args.at_least,
+            at_most_ms=args.at_most,
+            reason=args.reason,
+            actor_uid=f"{socket.gethostname()} process {os.getpid()}",
+        )
+    if args.wait or args.reason is not None:
+        raise CommandError(USAGE, "run: --wait and --reason are for a new lock, not for --resume")
+    return resume_job_lock(
+        store,
+        args.uid,
+        args.vault,
+        expected_job_id=args.resume,
+        ttl_ms=args.ttl,
+        at_least_ms=args.at_least,
+        at_most_ms=args.at_most,
+    )
 
 
 def _peek(args: _Arguments) -> int:
@@ -207,10 +240,36 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--ttl",
         type=_duration,
-        default="16m",
+        default="1m",
         metavar="TIME",
         help="how long the lock outlives a joblock that was killed: a number with h, m, s or ms, "
-        "or several, such as 1h30m (default: 16m); the lock is renewed while the command runs",
+        "or several, such as 1h30m (default: 1m); the lock is renewed while the command runs",
+    )
+    run.add_argument(
+        "--wait",
+        type=_duration,
+        default=0,
+        metavar="TIME",
+        help="for how long to wait for a lock that is held (default: not at all)",
+    )
+    run.add_argument(
+        "--at-least",
+        type=_duration,
+        default=0,
+        metavar="TIME",
+        help="the least time for which the lock is kept, also if the command ends sooner: longer "
+        "than the clocks of cron's hosts differ",
+    )
+    run.add_argument(
+        "--at-most",
+        type=_duration,
+        metavar="TIME",
+        help="when a command that hangs loses the lock, and is stopped",
+    )
+    run.add_argument(
+        "--resume",
+        metavar="JOB_ID",
+        help="run the job that has taken the lock already, and has this id",
     )
     run.add_argument(
         "--grace",
@@ -248,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
 _STATUSES = """\
 exit status:
   run      the command's; 128+n if signal n ended it; 126, 127 if it could not start;
-           75 the lock is held; 76 the lock was lost
+           75 the lock is held; 76 the lock was lost, or is not to be resumed
   peek     0 live, 1 no lock, 2 expired
   release  0 removed, 1 not removed
   doctor   0 all is well, 1 not so
@@ -261,7 +320,7 @@ _RUN_EXAMPLE = """\
 If UID or VAULT begins with a dash: joblock run [OPTIONS] -- UID VAULT -- COMMAND ...
 
 Signals are passed on to the command; the lock is released when the command has ended. It finds
-its job's id in JOBLOCK_JOB_ID.
+its job's id in JOBLOCK_JOB_ID, and with --resume the id of this run in JOBLOCK_RUN_ID.
 
 Without a terminal the command leads a process group of its own. Signals go to the whole group, and
 after one the lock is kept until the whole group has ended.

@@ -28,16 +28,24 @@ class CommandError(Exception):
 def table(uid: str, vault: str, record: JobLockRecord, now_ms: float) -> list[str]:
     rows = {
         "lock": f"{uid} / {vault}",
-        "state": "live" if record.is_live(now_ms) else "expired: the next run takes it over",
+        "state": _state(record, now_ms),
         "job": record.job_id,
+        "run": record.run_id,
         "actor": record.actor_uid,
         "reason": record.reason,
         "chunks": record.chunks_to_embed,
         "estimate": None if record.estimated_seconds is None else f"{record.estimated_seconds} s",
         "started": _when(record.started_at, now_ms),
+        "ended": None if record.ended_at is None else _when(record.ended_at, now_ms),
         "expires": _when(record.expires_at, now_ms),
     }
     return [f"{name:<10}{_short(str(value))}" for name, value in rows.items() if value is not None]
+
+
+def _state(record: JobLockRecord, now_ms: float) -> str:
+    if not record.is_live(now_ms):
+        return "expired: the next run takes it over"
+    return "live" if record.ended_at is None else "ended, and kept for its minimum hold"
 
 
 def no_lock(uid: str, vault: str, store: BlobStore) -> str:

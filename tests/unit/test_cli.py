@@ -100,6 +100,88 @@ class TestRun:
         assert found["actorUid"].endswith(f" process {os.getpid()}")
         assert run("peek", UID, VAULT)[0] == 1
 
+    def test_resume(self, run: Run, store: SqliteBlobStore) -> None:
+        """The job's lock is this run's; what is not to be run any more is not started."""
+        lock = acquired(acquire_job_lock(store, UID, VAULT, reason="click"))
+        words = ("run", UID, VAULT, "--resume", lock.job_id)
+        peek = f"exec {sys.executable} -m joblock peek {UID} {VAULT} --json"
+        status, out, err = run(*words, "--", "sh", "-c", f'echo "$JOBLOCK_RUN_ID"; {peek}')
+        run_id, record = out.splitlines()
+        found = json.loads(record)
+        assert (status, err) == (0, "")
+        assert (found["jobId"], found["runId"], found["reason"]) == (lock.job_id, run_id, "click")
+        assert run(*words, "--", "echo", "ran") == (
+            76,
+            "",
+            "joblock: the lock was lost; the command was not started\n",
+        )
+
+    def test_resume_while_another_run_is_live(self, run: Run, store: SqliteBlobStore) -> None:
+        """A second delivery: 75, as for another job."""
+        put(store, run_id="run-1", expires_at=9e15)
+        status, out, err = run("run", UID, VAULT, "--resume", "job-1", "--", "echo", "ran")
+        assert (status, out) == (75, "")
+        assert "is held by job job-1" in err
+
+    def test_a_run_id_is_not_inherited(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A hold's command has none, whoever started joblock."""
+        monkeypatch.setenv("JOBLOCK_RUN_ID", "another's")
+        assert run("run", UID, VAULT, "--", "sh", "-c", 'echo "<$JOBLOCK_RUN_ID>"')[1] == "<>\n"
+
+    def test_at_least(self, run: Run, store: SqliteBlobStore) -> None:
+        """The lock stays for the rest of the time, and peek says that the job has ended."""
+        assert run("run", UID, VAULT, "--at-least", "1h", "--", "sh", "-c", "exit 3")[0] == 3
+        record = peek_job_lock(store, UID, VAULT)
+        assert record is not None and record.ended_at is not None
+        assert record.started_at is not None
+        assert record.expires_at == record.started_at + 3_600_000
+        assert run("run", UID, VAULT, "--", "echo", "ran")[0] == 75
+        status, out, _ = run("peek", UID, VAULT)
+        assert status == 0
+        assert "state     ended, and kept for its minimum hold\n" in out
+        assert re.search(r"^ended     \d{4}-.* \(now\)|^ended .* ago\)", out, re.MULTILINE)
+
+    def test_at_most(self, run: Run) -> None:
+        """A command that hangs is stopped once its time is over."""
+        begun = time.monotonic()
+        status, _, err = run("run", UID, VAULT, "--at-most", "300ms", "--", "sleep", "60")
+        assert status == 76
+        assert "lease_expired" in err
+        assert err.endswith("the lock was lost; the command ended with 143\n")
+        assert time.monotonic() - begun < 50, "it was not stopped"
+
+    def test_wait(self, run: Run, store: SqliteBlobStore) -> None:
+        """For a lock that is held: until it is free, or the time is over."""
+        put(store, expires_at=epoch_ms() + 300)
+        status, out, err = run("run", UID, VAULT, "--wait", "1m", "--", "echo", "ran")
+        assert (status, out) == (0, "ran\n")
+        assert "took over" in err
+        put(store, expires_at=9e15)
+        status, out, err = run("run", UID, VAULT, "--wait", "100ms", "--", "echo", "ran")
+        assert (status, out) == (75, "")
+        assert "is held by job job-1" in err
+
+    def test_a_signal_while_it_waits(self, run: Run, store: SqliteBlobStore) -> None:
+        """It ends at once, as if the signal had ended it, and the other's lock stays."""
+        put(store, expires_at=9e15)
+        before = store.get(KEY)
+        main_thread = threading.main_thread().ident or 0
+        reads = 0
+
+        class Watched(SqliteBlobStore):
+            def get(self, key: str) -> str | bytes | None:
+                nonlocal reads
+                reads += 1
+                if reads == 2:
+                    signal.pthread_kill(main_thread, signal.SIGTERM)
+                return super().get(key)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli, "_open_shared", lambda _url: Watched(store._path))  # pyright: ignore
+            words = ("run", UID, VAULT, "--wait", "1h", "--", "echo", "ran")
+            assert run(*words) == (143, "", "")
+        assert store.get(KEY) == before
+
     @pytest.mark.parametrize(
         ("command", "expected"),
         [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", 137), ("kill -15 $$", 143)],
@@ -563,7 +645,15 @@ class TestArguments:
         [
             ("peek .. Business", "UID must not be '.' or '..'"),
             ("peek user-1 a/b", "VAULT must not be '.' or '..'"),
-            ("release user-1 Business --job-id ''", "--job-id must be a non-empty string"),
+            ("release user-1 Business --job-id ''", "the job's id must be a non-empty string"),
+            ("run u v --resume '' -- true", "the job's id must be a non-empty string"),
+            ("run u v --at-least 2h --at-most 1h -- true", "run: --at-most must not be less than"),
+            ("run u v --resume j --wait 1s -- true", "run: --wait and --reason are for a new"),
+            (
+                "run u v --resume j --reason r -- true",
+                "run: --wait and --reason are for a new",
+            ),
+            ("run u v --wait 5 -- true", "argument --wait: '5' is not a time"),
             ("peek user-1 Business --store jobs.db", "--store: a store is sqlite:PATH"),
         ],
     )
@@ -600,10 +690,10 @@ class TestArguments:
         assert cli._duration(text) == ms
 
     def test_the_default_ttl(self, run: Run) -> None:
-        """Sixteen minutes, as the library's."""
+        """A minute, as the library's for a lock that is renewed."""
         peek = f"exec {sys.executable} -m joblock peek {UID} {VAULT} --json"
         record = json.loads(run("run", UID, VAULT, "--", "sh", "-c", peek)[1])
-        assert record["expiresAt"] - record["startedAt"] == 960_000
+        assert record["expiresAt"] - record["startedAt"] == 60_000
 
     def test_secrets_of_urls_are_not_shown(self, capsys: pytest.CaptureFixture[str]) -> None:
         """An SDK's error may quote a signed URL."""
