@@ -20,7 +20,12 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).parents[2]
 FILES = ("_protocol.py", "_record.py", "_ids.py")
-TESTS = ["tests/unit", "tests/integration/test_node.py", "tests/model/test_exhaustive.py"]
+TESTS = [
+    "tests/unit",
+    "tests/integration/test_node.py",
+    "tests/model/test_exhaustive.py",
+    "tests/model/test_life.py",
+]
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
 import signal
 import sqlite3
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import pytest
 
-from joblock import Acquired, acquire_job_lock, release_job_lock, renew_job_lock
+from joblock import (
+    Acquired,
+    JobLockHeldError,
+    JobLockLostError,
+    acquire_job_lock,
+    release_job_lock,
+    renew_job_lock,
+    resume_job_lock,
+)
 from joblock._record import epoch_ms
 from joblock.stores.sqlite import SqliteBlobStore
 
@@ -98,14 +109,14 @@ def one_job(store: SqliteBlobStore, folder: Path, rng: random.Random, vault: str
     release_job_lock(store, "u", vault, expected_job_id=lock.job_id, etag=renewed.etag)
 
 
-def test_killed_workers_never_overlap(tmp_path: Path) -> None:
-    """And afterwards the file is sound, and every key can be acquired."""
+def kill_at_random(folder: Path, work: Callable[[Path, int], None]) -> int:
+    """Let workers work, kill one after the other, and start others; return how many were killed."""
     context = multiprocessing.get_context("fork")
     rng = random.Random(os.getpid())
     seeds = iter(range(1_000_000))
 
     def start() -> ForkProcess:
-        worker = context.Process(target=work, args=(tmp_path, next(seeds)))
+        worker = context.Process(target=work, args=(folder, next(seeds)))
         worker.start()
         return worker
 
@@ -123,8 +134,13 @@ def test_killed_workers_never_overlap(tmp_path: Path) -> None:
     for worker in workers:
         worker.kill()
         worker.join()
+    assert [file.read_text() for file in folder.glob("failed-*")] == []
+    return kills
 
-    assert [file.read_text() for file in tmp_path.glob("failed-*")] == []
+
+def test_killed_workers_never_overlap(tmp_path: Path) -> None:
+    """And afterwards the file is sound, and every key can be acquired."""
+    kills = kill_at_random(tmp_path, work)
     done = (tmp_path / "done").read_bytes()
     print(f"{kills} kills, {len(done)} jobs, {done.count(b't')} takeovers")
     assert done.count(b"t") > 0, "no lock was ever taken over"
@@ -136,6 +152,95 @@ def test_killed_workers_never_overlap(tmp_path: Path) -> None:
     with SqliteBlobStore(tmp_path / "jobs.db") as store:
         for vault in range(VAULTS):
             assert acquire_job_lock(store, "u", f"vault-{vault}", clock=lambda: later)
+
+
+def deliver(folder: Path, seed: int) -> None:
+    """Be clicked on, and run what is queued, until killed; a job is delivered to all at once."""
+    rng = random.Random(seed)
+    try:
+        with (
+            SqliteBlobStore(folder / "jobs.db") as store,
+            (folder / f"runs-{seed}").open("ab", buffering=0) as log,
+        ):
+            while True:
+                vault = f"vault-{rng.randrange(VAULTS)}"
+                queued = folder / f"{vault}.queue"
+                click = acquire_job_lock(store, "u", vault, ttl_ms=TTL_MS)
+                if click:
+                    mine = folder / f"{vault}.{os.getpid()}"
+                    mine.write_text(click.job_id)
+                    mine.replace(queued)
+                with contextlib.suppress(FileNotFoundError, JobLockHeldError, JobLockLostError):
+                    one_run(store, rng, vault, queued.read_text(), log)
+    except BaseException as error:
+        (folder / f"failed-{seed}").write_text(repr(error))
+        raise
+
+
+def one_run(
+    store: SqliteBlobStore, rng: random.Random, vault: str, job_id: str, log: BinaryIO
+) -> None:
+    keywords: dict[str, Any] = {"ttl_ms": TTL_MS, "renew_every_ms": TTL_MS / 4}
+    with resume_job_lock(store, "u", vault, expected_job_id=job_id, **keywords) as lock:
+        # Of each moment it is known that the lock was this run's: it is looked at after it.
+        ending = rng.choice(["released", "requeued", "raises"])
+        kind = "again" if lock.took_over else "first"
+        for _ in range(rng.randrange(2, 40)):
+            now = time.monotonic_ns()
+            lock.check()
+            log.write(f"{vault} {job_id} {lock.record.run_id} {kind} {now}\n".encode())
+            time.sleep(rng.random() * 0.005)
+        if ending == "requeued":
+            lock.requeue(ttl_ms=TTL_MS)
+        if ending == "raises":
+            raise JobLockHeldError(lock.record)
+
+
+class Run(NamedTuple):
+    """One run of a job, and when it is known to have had the lock."""
+
+    vault: str
+    begun: int
+    ended: int
+    job: str
+    run: str
+    kind: str
+
+
+def runs_of(folder: Path) -> list[Run]:
+    seen: dict[str, Run] = {}
+    for path in folder.glob("runs-*"):
+        for line in path.read_text().splitlines():
+            vault, job, run, kind, at = line.split()
+            begun = seen[run].begun if run in seen else int(at)
+            seen[run] = Run(vault, begun, int(at), job, run, kind)
+    return sorted(seen.values())
+
+
+def overlaps(runs: list[Run]) -> list[tuple[Run, Run]]:
+    pairs = itertools.pairwise(runs)
+    return [(a, b) for a, b in pairs if a.vault == b.vault and b.begun <= a.ended]
+
+
+def test_killed_runs_never_overlap(tmp_path: Path) -> None:
+    """Each job is delivered to every worker at once, again and again: one run at a time."""
+    kills = kill_at_random(tmp_path, deliver)
+    runs = runs_of(tmp_path)
+    assert overlaps(runs) == []
+    again = [run for run in runs if run.kind == "again"]
+    jobs = {run.job for run in runs}
+    print(f"{kills} kills, {len(jobs)} jobs, {len(runs)} runs, {len(again)} after a dead run")
+    assert again, "no job was run again after its run was killed"
+    assert len(runs) > len(jobs) > VAULTS
+
+
+def test_the_runs_would_show_an_overlap(tmp_path: Path) -> None:
+    """Of the same vault only, also where one lies within the other."""
+    (tmp_path / "runs-1").write_text("v j r1 first 1\nv j r1 first 9\nw j r3 first 5\n")
+    assert overlaps(runs_of(tmp_path)) == []
+    (tmp_path / "runs-2").write_text("v j r2 first 4\nv j r2 first 5\n")
+    ((first, second),) = overlaps(runs_of(tmp_path))
+    assert (first.run, second.run) == ("r1", "r2")
 
 
 def test_the_witness_would_notice_an_overlap(tmp_path: Path) -> None:

@@ -25,11 +25,14 @@ from joblock import (
     Acquired,
     Blob,
     Held,
+    JobLockHeldError,
+    JobLockLostError,
     JobLockRecord,
     Lost,
     ReleaseResult,
     Renewed,
     StoreContentionError,
+    _protocol,
     aio,
 )
 from joblock._protocol import ROUNDS
@@ -54,14 +57,24 @@ class InvariantError(AssertionError):
 class StoreDownError(Exception):
     """The store call failed, or its reply was lost: the client cannot tell which."""
 
+    noted: tuple[str, str] | None = None  # what a resume may have written, and over what
+
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is being checked: the functions, and whether etags come back with a key."""
+    """What is being checked: the functions, and whether etags come back with a key.
+
+    `keep`, `leave`, `requeue` and `undo` are what a keeper does for its run.
+    """
 
     acquire: Callable[..., Awaitable[Acquired | Held]] = aio.acquire_job_lock
     release: Callable[..., Awaitable[ReleaseResult]] = aio.release_job_lock
     renew: Callable[..., Awaitable[Renewed | Lost]] = aio.renew_job_lock
+    resume: Callable[..., Awaitable[Acquired]] = _protocol.resume
+    keep: Callable[..., Awaitable[Renewed | Lost]] = _protocol.renew
+    leave: Callable[..., Awaitable[ReleaseResult]] = _protocol.release
+    requeue: Callable[..., Awaitable[Renewed | Lost]] = _protocol.requeue
+    undo: Callable[..., Awaitable[object]] = _protocol.undo
     etags_repeat: bool = False
 
 
@@ -75,6 +88,9 @@ class Limits(NamedTuple):
     renewals: bool = True
     without_etag: bool = True  # also release and renew without the etag that the client has
     refused: bool = False  # a fault may be that the client is refused by its own repeated write
+    runs: bool = False  # clients resume job x, or hold locks of their own
+    at_least: int = 0  # milliseconds from its start for which a lock is kept, with `runs`
+    at_most: int | None = None
 
 
 # A value and its etag. In a state etags are `#n`, numbered by where they occur in it.
@@ -103,8 +119,10 @@ class Op(NamedTuple):
     kind: str
     job: str
     now: int
+    client: str = ""
     etag: str = ""
     record: str = ""
+    replaced: str = ""
 
 
 class Client(NamedTuple):
@@ -122,6 +140,7 @@ class Client(NamedTuple):
     moved_at: int = 0  # when it began a step that commutes with all but the passing of time
     present: tuple[str, ...] = ()  # the texts in the store since the operation began
     replaced: str = ""  # what its last write replaced
+    undoes: tuple[str, str] | None = None  # what it may have written, and what it meant to replace
     crashed: bool = False
 
 
@@ -194,10 +213,13 @@ class World:
         stored = None if initial is None else (initial, "#0")
         everyone = [Client("ABCDEFGH"[number]) for number in range(clients)]
         record = JobLockRecord.from_json(initial)
-        if record is not None and record.is_live(START):
+        if record is not None and record.is_live(START) and not self._waits(record):
             assert record.expires_at is not None
             everyone.append(Client("X", lease=record.expires_at, crashed=True))
         return State(START, stored, tuple(everyone), 0, 0, 0)
+
+    def _waits(self, record: JobLockRecord) -> bool:
+        return self.limits.runs and (record.run_id is None or record.ended_at is not None)
 
     def actions(self, state: State) -> Iterator[Action]:
         limits = self.limits
@@ -226,6 +248,14 @@ class World:
             yield Action(TIME_PASSES)
 
     def _next_operations(self, client: Client) -> Iterator[str]:
+        if self.limits.runs:
+            if client.undoes is not None:
+                yield "undo"
+            elif client.record:  # believed to be its run's, perhaps for too long
+                yield from ("keep with etag", "leave with etag", "requeue with etag")
+            else:
+                yield from ("acquire", "resume")
+            return
         if not client.lease:
             yield "acquire"
         if client.job:
@@ -263,12 +293,16 @@ class World:
         kind, _, with_etag = what.partition(" with ")
         operations = client.operations + 1
         job = f"{client.name.lower()}{operations}" if kind == "acquire" else client.job
-        op = Op(kind, job, state.now)
+        if kind == "resume":
+            job = "x"
+        op = Op(kind, job, state.now, f"{client.name}{operations}" if self.limits.runs else "")
         if with_etag:
-            op = op._replace(etag=client.etag, record=client.record if kind == "renew" else "")
+            op = op._replace(etag=client.etag, record="" if kind == "release" else client.record)
+        if client.undoes is not None:
+            op = op._replace(record=client.undoes[0], replaced=client.undoes[1])
         client = client._replace(operations=operations, job=job, op=op, moved_at=state.now)
-        if kind != "renew":  # whoever releases has stopped working
-            client = client._replace(lease=0, etag="", record="")
+        if kind not in ("renew", "keep"):  # whoever releases has stopped working
+            client = client._replace(lease=0, etag="", record="", undoes=None)
         client = client._replace(present=(state.stored[0] if state.stored else "",), replaced="")
         return self._checked(
             self._advance(state, client), f"{client.name} calls {what}", client.name
@@ -327,9 +361,13 @@ class World:
             return self._with(state, client)
         ended = client._replace(op=None, log=(), present=(), replaced="")
         match outcome:
+            case _ if op.kind == "undo" and isinstance(outcome, ReleaseResult | Renewed | Lost):
+                ended = ended._replace(job="")
             case Acquired(job_id, record, etag, took_over):
                 check(job_id == op.job, "acquired under another job's id")
                 replaced = JobLockRecord.from_json(client.replaced)
+                if op.kind == "resume" and replaced is not None and replaced.run_id is None:
+                    replaced = None  # nobody has run it, so there is no receipt
                 check(took_over == replaced, f"took_over is {took_over}, replaced was {replaced}")
                 ended = believing(ended, record, etag)
             case Held(existing):
@@ -337,6 +375,9 @@ class World:
                 check(existing in texts, "Held shows a record that was not there")
                 check(existing.job_id != op.job, "refused by its own record")
                 check(existing.is_live(op.now), "Held by a record that had expired before the call")
+                ended = ended._replace(job="")
+            case Renewed(record, etag) if op.kind == "requeue":
+                check(record.run_id is None, "requeued, and a run has it")
                 ended = ended._replace(job="")
             case Renewed(record, etag):
                 ended = believing(ended, record, etag)
@@ -347,6 +388,25 @@ class World:
             case ReleaseResult(released=released):
                 check(not released or client.replaced != "", "released without having removed it")
                 ended = ended._replace(job="")
+            case JobLockHeldError(existing=existing):
+                texts = [JobLockRecord.from_json(text) for text in client.present]
+                check(existing in texts, "refused by a record that was not there")
+                check(existing.run_id is not None, "refused, and no run has the lock")
+                check(existing.is_live(op.now), "refused by a run that had died before the call")
+                ended = ended._replace(job="")
+            case JobLockLostError(reason=reason, current=current):
+                texts = [JobLockRecord.from_json(text) for text in client.present]
+                check(current in texts, "not resumed because of a record that was not there")
+                check(
+                    current is None
+                    or current.job_id != op.job
+                    or current.ended_at is not None
+                    or reason == "lease_expired",
+                    "a job that waits to be resumed is not",
+                )
+                ended = ended._replace(job="")
+            case StoreDownError(noted=noted) if op.kind == "resume" and noted:
+                ended = ended._replace(undoes=noted)
             case StoreContentionError() | StoreDownError():
                 pass  # it may have the lock or not: it may release, renew or try again
             case _:
@@ -362,7 +422,12 @@ class World:
 
     def _replay(self, op: Op, log: tuple[tuple[Reply, int], ...]) -> object:
         times = [op.now]
-        coroutine = self._coroutine(op, lambda: times[-1])
+        noted: list[tuple[str, str]] = []
+
+        def note(written: JobLockRecord, replaced: JobLockRecord) -> None:
+            noted.append((written.to_json(), replaced.to_json()))
+
+        coroutine = self._coroutine(op, lambda: times[-1], note)
         try:
             call = coroutine.send(None)
             for reply, now in log:
@@ -373,12 +438,17 @@ class World:
                     call = coroutine.send(as_answer(reply))
         except StopIteration as end:
             return end.value
+        except StoreDownError as error:
+            error.noted = noted[-1] if noted else None
+            return error
         except Exception as error:
             return error
         coroutine.close()
         return call
 
-    def _coroutine(self, op: Op, clock: Callable[[], int]) -> Coroutine[Call, object, object]:
+    def _coroutine(
+        self, op: Op, clock: Callable[[], int], note: Callable[..., object]
+    ) -> Coroutine[Call, object, object]:
         algorithm = self.algorithm
         awaitable: Any
         if op.kind == "acquire":
@@ -389,6 +459,8 @@ class World:
             awaitable = algorithm.release(
                 STORE, UID, VAULT, expected_job_id=op.job, etag=op.etag or None
             )
+        elif self.limits.runs:
+            awaitable = self._of_a_run(op, clock, note)
         else:
             awaitable = algorithm.renew(
                 STORE,
@@ -403,6 +475,43 @@ class World:
         coroutine: Coroutine[Call, object, object] = awaitable
         return coroutine
 
+    def _of_a_run(self, op: Op, clock: Callable[[], int], note: Callable[..., object]) -> Any:
+        algorithm, limits = self.algorithm, self.limits
+        run, etag = JobLockRecord.from_json(op.record), op.etag or None
+        if op.kind == "resume":
+            return algorithm.resume(
+                STORE,
+                UID,
+                VAULT,
+                expected_job_id=op.job,
+                ttl_ms=TTL,
+                at_most_ms=limits.at_most,
+                clock_skew_ms=0,
+                clock=clock,
+                uuid_factory=lambda: f"run-{op.client}",
+                id_is_new=True,
+                writing=note,
+            )
+        if op.kind == "undo":
+            replaced = JobLockRecord.from_json(op.replaced)
+            return algorithm.undo(STORE, UID, VAULT, written=run, replaced=replaced)
+        if op.kind == "requeue":
+            return algorithm.requeue(
+                STORE,
+                UID,
+                VAULT,
+                run=run,
+                etag=etag,
+                ttl_ms=TTL,
+                at_least_ms=limits.at_least,
+                clock=clock,
+            )
+        kept: dict[str, Any] = {"expected_job_id": op.job, "clock": clock, "record": run}
+        kept |= {"etag": etag, "run": run}
+        if op.kind == "leave":
+            return algorithm.leave(STORE, UID, VAULT, at_least_ms=limits.at_least, **kept)
+        return algorithm.keep(STORE, UID, VAULT, ttl_ms=TTL, at_most_ms=limits.at_most, **kept)
+
     def _check_write(self, state: State, client: Client, op: Op, after: Stored) -> None:
         before = JobLockRecord.from_json(state.stored[0]) if state.stored else None
         if before is not None and before.job_id != op.job:
@@ -410,10 +519,38 @@ class World:
             check(
                 not before.is_live(state.now), f"acquire replaced job {before.job_id}'s live lock"
             )
+        if self.limits.runs:
+            self._check_run(state.now, op, before, JobLockRecord.from_json(after and after[0]))
         if after is not None and after[0] != "null":
             fields = json.loads(after[0])
             check(list(fields)[:9] == ORIGINAL_FIELDS, "the original could not read this")
             check(isinstance(fields["expiresAt"], int), "the original would take this for expired")
+
+    def _check_run(
+        self, now: int, op: Op, before: JobLockRecord | None, after: JobLockRecord | None
+    ) -> None:
+        """What is promised of runs, of each write."""
+        if before is None or op.kind == "acquire":
+            return
+        if op.kind == "resume":
+            check(before.ended_at is None, "resumed a job that has ended")
+            check(before.run_id is None or not before.is_live(now), f"ran beside {before.run_id}")
+        else:
+            run = JobLockRecord.from_json(op.record)
+            assert run is not None
+            same = (before.started_at, before.run_id) == (run.started_at, run.run_id)
+            check(same, f"{op.kind} by {run.run_id} touched the record of {before.run_id}")
+        if op.kind == "leave":
+            least = (before.started_at or 0) + self.limits.at_least
+            kept = after is not None and after.ended_at is not None and after.expires_at == least
+            check(kept or least <= now, "a lock under its minimum hold was freed")
+        if op.kind in ("keep", "requeue"):
+            assert after is not None
+            check((after.expires_at or 0) >= (before.expires_at or 0), "a deadline moved back")
+        if op.kind in ("keep", "resume") and self.limits.at_most is not None:
+            assert after is not None
+            most = (before.started_at or 0) + self.limits.at_most
+            check((after.expires_at or 0) <= most, "a deadline beyond the job's longest time")
 
     def _checked(self, state: State, story: str, name: str) -> tuple[State, str]:
         (client,) = [client for client in state.clients if client.name == name]
@@ -530,6 +667,20 @@ def canonical(state: State) -> State:
     stored = state.stored and (state.stored[0], names[state.stored[1]])
     return state._replace(stored=stored, clients=clients)
 
+
+def of_job_x(expires_at: int, more: str = "") -> str:
+    fields = f'"jobId":"x","canisterUid":"u","vaultId":"v","startedAt":{START}'
+    return f'{{{fields},"expiresAt":{expires_at}{more}}}'
+
+
+LIFE: dict[str, str | None] = {
+    "no record": None,
+    "taken": of_job_x(START + 2 * TTL),
+    "taken, expired": of_job_x(START),
+    "a live run": of_job_x(START + TTL, ',"runId":"run-X"'),
+    "a dead run": of_job_x(START, ',"runId":"run-X"'),
+    "ended": of_job_x(START + TTL, f',"endedAt":{START}'),
+}
 
 INITIAL: dict[str, str | None] = {
     "no record": None,
