@@ -19,10 +19,12 @@ import pytest
 
 from joblock import (
     ConditionalBlobStore,
+    JobLockLostError,
     acquire_job_lock,
     peek_job_lock,
     release_job_lock,
     renew_job_lock,
+    resume_job_lock,
 )
 from tests.backends import Backends
 from tests.lossy import Proxy, When, lossy
@@ -59,6 +61,14 @@ def release(store: ConditionalBlobStore) -> object:
     return release_job_lock(store, UID, VAULT, expected_job_id=FIRST).reason or "released"
 
 
+def resume(store: ConditionalBlobStore) -> object:
+    try:
+        with resume_job_lock(store, UID, VAULT, expected_job_id=FIRST) as lock:
+            return "resumed", lock.took_over
+    except JobLockLostError as error:
+        return "lost", error.reason
+
+
 def remove(store: ConditionalBlobStore) -> object:
     return release_job_lock(store, UID, VAULT).released
 
@@ -78,6 +88,8 @@ CASES: dict[str, Case] = {
     "renew what is gone": (nothing, renew, ("lost", "lock_already_gone"), None),
     "release": (take, release, "released", None),
     "release what is gone": (nothing, release, "lock_already_gone", None),
+    "resume and leave": (take, resume, ("resumed", None), None),
+    "resume what is gone": (nothing, resume, ("lost", "lock_already_gone"), None),
     "remove": (take, remove, True, None),
     "peek at a lock": (take, peek, FIRST, FIRST),
     "peek at nothing": (nothing, peek, None, None),

@@ -58,6 +58,8 @@ def as_doubles(record: JobLockRecord) -> JobLockRecord:
         started_at=double(record.started_at),
         expires_at=double(record.expires_at),
         extra={},
+        run_id=None,
+        ended_at=None,
     )
 
 
@@ -87,3 +89,31 @@ def test_both_languages_print_the_same_numbers() -> None:
     for double, theirs in zip(doubles, node(script, doubles), strict=True):
         record = JobLockRecord("j", "u", "v", expires_at=double)
         assert record.to_json().endswith(f'"expiresAt":{theirs}}}')
+
+
+# What the original's acquire and release do, on one blob: a line of JSON in, `[text, now, job id]`,
+# and out come the acquire's answer, and what the job's release leaves there: true if it is removed.
+ORIGINAL = """
+const [text, now, jobId] = JSON.parse(require('fs').readFileSync(0, 'utf8'));
+const parsed = JSON.parse(text);
+const live = Number.isFinite(parsed.expiresAt) && parsed.expiresAt > now;
+const acquired = live ? {acquired: false, existing: parsed} : {acquired: true};
+console.log(JSON.stringify([JSON.stringify(acquired), String(parsed.jobId === jobId)]));
+"""
+
+
+@pytest.mark.parametrize("state", ["running", "ended", "running, expired", "ended, expired"])
+def test_a_record_with_a_run_or_an_end_is_one_to_the_original(state: str) -> None:
+    """It refuses it while it is live, takes it over after that, and its job may release it."""
+    record = JobLockRecord("j", "u", "v", started_at=5, expires_at=100, run_id="r")
+    if "ended" in state:
+        record = record.__replace__(ended_at=50)
+    now = 100 if "expired" in state else 99
+    answer, released = node(ORIGINAL, [record.to_json(), now, "j"])
+    assert answer is not None
+    refused = json.loads(answer)
+    assert refused["acquired"] is not record.is_live(now)
+    assert refused.get("existing") == (record.to_dict() if record.is_live(now) else None)
+    assert released == "true"
+    (read,) = node(READER, [record.to_json()])
+    assert read == record.__replace__(run_id=None, ended_at=None).to_json()

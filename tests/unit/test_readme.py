@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
-from joblock import MemoryBlobStore, acquire_job_lock, peek_job_lock
+from joblock import (
+    JobLockHeldError,
+    JobLockLostError,
+    MemoryBlobStore,
+    acquire_job_lock,
+    peek_job_lock,
+)
 from joblock._store import is_conditional
+from tests.support import acquired
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -39,21 +46,31 @@ def test_the_handler() -> None:
 
 
 def test_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It releases the job it was given, on the store that the README opens."""
+    """It runs the job that it was given; a retry finds the lock, and a late delivery does not."""
     monkeypatch.chdir(tmp_path)
     built: list[tuple[str, str]] = []
 
     def build_index(user: str, vault: str) -> None:
         built.append((user, vault))
+        if len(built) == 1:
+            raise ConnectionError
+        with pytest.raises(JobLockHeldError):
+            work("u", "v", job_id)
 
-    scope: dict[str, Any] = {"user": "u", "vault": "v", "build_index": build_index}
+    scope: dict[str, Any] = {"build_index": build_index}
     exec(OPEN, scope)  # noqa: S102
+    exec(WORKER, scope)  # noqa: S102
+    work = scope["work"]
     with scope["store"] as store:
-        lock = acquire_job_lock(store, "u", "v")
-        assert lock
-        exec(WORKER, scope | {"job_id": lock.job_id})  # noqa: S102
+        job_id = acquired(acquire_job_lock(store, "u", "v")).job_id
+        with pytest.raises(ConnectionError):
+            work("u", "v", job_id)
+        assert not acquire_job_lock(store, "u", "v")
+        assert work("u", "v", job_id) is None
         assert store.get("index-jobs/u/v.json") is None
-    assert built == [("u", "v")]
+    assert built == [("u", "v")] * 2
+    with pytest.raises(JobLockLostError):
+        work("u", "v", job_id)
 
 
 def test_the_worker_that_holds() -> None:
@@ -93,6 +110,6 @@ def test_the_store_of_ones_own() -> None:
 
 
 def test_the_snippets_are_as_short_as_they_claim() -> None:
-    """Ten lines for a handler, three for a worker, and the imports that they need."""
+    """Ten lines for a handler, eight for a worker, and the imports that they need."""
     assert len(HANDLER[HANDLER.index("def") :].strip().splitlines()) == 10
-    assert len(WORKER[WORKER.index("with") :].strip().splitlines()) == 3
+    assert len(WORKER[WORKER.index("def") :].strip().splitlines()) == 8
