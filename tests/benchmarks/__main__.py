@@ -17,7 +17,7 @@ from pathlib import Path
 from .contention import contention
 from .growth import growth
 from .leaks import leaks
-from .one_host import free, refused
+from .one_host import free, refused, resumed
 from .requests import requests
 from .startup import startup
 from .table import show, show_header
@@ -26,6 +26,7 @@ from .threaded import threaded
 PARTS = {
     "free": ("Acquire and release of a free lock", free),
     "refused": ("Refused acquire: a double click", refused),
+    "resumed": ("A job that is handed to a worker", resumed),
     "threaded": ("Async, in a thread", threaded),
     "requests": ("Requests on S3, and dollars per million", requests),
     "contention": ("Processes on one SQLite file", contention),

@@ -15,7 +15,9 @@ from joblock import (
     MemoryBlobStore,
     acquire_job_lock,
     aio,
+    hold_job_lock,
     release_job_lock,
+    resume_job_lock,
 )
 from joblock.stores.sqlite import SqliteBlobStore, _prepare
 from tests.support import KEY, UID, VAULT, AsyncConditionalView, acquired, await_now
@@ -47,6 +49,24 @@ def free(*, quick: bool) -> Iterator[Row]:
         references |= {ASYNC: (MEMORY,)} | dict.fromkeys(found, (SQLITE,))
         yield from _rows(turns, references)
         yield from _missing(peers)
+
+
+def resumed(*, quick: bool) -> Iterator[Row]:
+    """A click and the job's end by hand, beside the same with a worker that resumes the lock."""
+    with _opened() as (stores, _, _):
+        cases: dict[str, Case] = {}
+        references: dict[str, tuple[str, ...]] = {}
+        for name, store in stores.items():
+            cases[f"{name}, acquire + release"] = _cycle(store)
+            cases[f"{name}, acquire + resume + leave"] = _handed_on(store)
+            cases[f"{name}, hold"] = _held(store)
+            for longer in ("acquire + resume + leave", "hold"):
+                references[f"{name}, {longer}"] = (f"{name}, acquire + release",)
+        turns = Turns(cases, quick=quick)
+        for name, (reference, *_) in references.items():
+            cycle = turns.median(reference)
+            against = f"{turns.ratio(name, reference):.2f} x acquire + release"
+            yield Row(name, microseconds(turns.median(name)), f"{against}, {microseconds(cycle)}")
 
 
 def refused(*, quick: bool) -> Iterator[Row]:
@@ -105,6 +125,23 @@ def _cycle(store: ConditionalBlobStore) -> Case:
         release_job_lock(store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag)
 
     return cycle
+
+
+def _handed_on(store: ConditionalBlobStore) -> Case:
+    def job() -> None:
+        lock = acquired(acquire_job_lock(store, UID, VAULT))
+        with resume_job_lock(store, UID, VAULT, expected_job_id=lock.job_id):
+            pass
+
+    return job
+
+
+def _held(store: ConditionalBlobStore) -> Case:
+    def job() -> None:
+        with hold_job_lock(store, UID, VAULT):
+            pass
+
+    return job
 
 
 def _cycle_by_id(store: ConditionalBlobStore) -> Case:

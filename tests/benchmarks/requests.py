@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-from joblock import BlobStore, acquire_job_lock, release_job_lock
+from joblock import BlobStore, acquire_job_lock, release_job_lock, resume_job_lock
 from tests.support import KEY, UID, VAULT, acquired, held
 
 from .table import Row
@@ -57,6 +57,7 @@ def _rows(client: Any) -> Iterator[Row]:
     jobs: dict[str, Callable[[], object]] = {
         "joblock, a job, with the etag": lambda: _with_etag(store),
         "joblock, a job, by job id": lambda: _by_id(store),
+        "joblock, a job that a worker resumes": lambda: _resumed(store),
         "the original's algorithm, a job": lambda: _by_id(plain),
         "get, check, put, delete, a job": lambda: _get_check_put(client),
         "Terraform's lockfile, a job": lambda: _lockfile(client),
@@ -98,6 +99,12 @@ def _with_etag(store: BlobStore) -> None:
 def _by_id(store: BlobStore) -> None:
     lock = acquired(acquire_job_lock(store, UID, VAULT))
     release_job_lock(store, UID, VAULT, expected_job_id=lock.job_id)
+
+
+def _resumed(store: BlobStore) -> None:
+    lock = acquired(acquire_job_lock(store, UID, VAULT))
+    with resume_job_lock(store, UID, VAULT, expected_job_id=lock.job_id):
+        pass
 
 
 def _get_check_put(client: Any) -> None:

@@ -25,6 +25,15 @@ def test_each_store_and_each_peer_has_a_row() -> None:
             assert against.startswith(("not installed: ", "fails here: ", "can only wait"))
 
 
+def test_a_job_that_is_resumed() -> None:
+    """On both stores, beside the same by hand."""
+    rows = run("resumed")
+    subjects = [row[0] for row in rows]
+    for store in ("joblock SQLite", "joblock memory"):
+        assert f"{store}, acquire + resume + leave" in subjects
+    assert all("x acquire + release" in row[2] for row in rows if row[0].startswith("joblock"))
+
+
 def test_locks_are_counted_and_nothing_is_left() -> None:
     """The parts that need nobody else."""
     rows = run("contention", "growth", "leaks")
