@@ -1,4 +1,4 @@
-"""A mutation check of the files that decide: `python -m tests.model.mutate`.
+"""A mutation check of the files that decide: `python -m tests.model.mutate [FILE ...]`.
 
 Each mutant is one small change to one of `FILES`, in a copy of the project; it is
 killed when a test fails. Survivors are printed: each is a missing test, or a change without effect.
@@ -147,7 +147,7 @@ def survives(project: Path, name: str, text: str) -> bool:
 def main() -> int:
     todo = [
         (name, text, what)
-        for name in FILES
+        for name in sys.argv[1:] or FILES
         for text, what in mutants((ROOT / "src" / "joblock" / name).read_text(encoding="utf-8"))
     ]
     copies: SimpleQueue[Path] = SimpleQueue()
@@ -157,6 +157,11 @@ def main() -> int:
             project = Path(folder, str(number))
             shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".*cache"))
             copies.put(project)
+        project, name = copies.get(), FILES[0]
+        if not survives(project, name, (project / "src/joblock" / name).read_text("utf-8")):
+            print("the tests fail without a mutant: nothing would be shown")
+            return 1
+        copies.put(project)
 
         def survivor(mutant: tuple[str, str, str]) -> str | None:
             name, text, what = mutant
