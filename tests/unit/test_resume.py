@@ -563,6 +563,20 @@ class TestTakingBack:
 
         asyncio.run(main())
 
+    def test_a_takeover_whose_answer_was_lost(self) -> None:
+        """What a hold has written is removed; a crashed job's record does not come back."""
+
+        class Lossy(MemoryBlobStore):
+            def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+                super().set_if_match(key, value, etag)
+                raise ConnectionError
+
+        store = Lossy()
+        acquire_job_lock(store, UID, VAULT, clock=lambda: 0)
+        with pytest.raises(ConnectionError):
+            hold_job_lock(store, UID, VAULT).__enter__()
+        assert list(store) == []
+
     def test_another_delivery_with_the_same_id_is_not_taken_back(self) -> None:
         """Where ids are not new, as `uuid_factory=lambda: task_id`, its start tells them apart."""
 
@@ -697,6 +711,18 @@ class TestAtLeast:
         before = store.get(KEY)
         assert not api.release(store, UID, VAULT, expected_job_id="j", at_least_ms=1000)
         assert store.get(KEY) == before
+
+    def test_a_store_that_answers_a_write_wrongly(self, api: Api) -> None:
+        """As in every function; what is there is not known then."""
+
+        class Wrong(MemoryBlobStore):
+            def set_if_match(self, key: str, value: str, etag: str) -> Any:
+                return True
+
+        store = Wrong()
+        lock = acquired(api.acquire(store, UID, VAULT))
+        with pytest.raises(TypeError, match="^set_if_match must return the new etag"):
+            api.release(store, UID, VAULT, expected_job_id=lock.job_id, at_least_ms=HOUR)
 
     def test_whoever_has_it(self, api: Api) -> None:
         """A minimum hold is a job's."""

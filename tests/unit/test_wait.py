@@ -113,13 +113,14 @@ class TestInSimulatedTime:
         assert clock.now == pytest.approx((other.record.expires_at or 0), abs=20)
 
     def test_the_clocks_skew(self) -> None:
-        """A lease is honoured so much longer, and that is when it looks."""
-        store = MemoryBlobStore()
+        """A lease is honoured so much longer, and that is when it looks, and writes."""
+        store = RecordingStore()
         waiting = Waiting(store, wait_ms=HOUR, clock_skew_ms=5000)
         clock = waiting.clock
         other = acquired(acquire_job_lock(store, UID, VAULT, ttl_ms=MINUTE, clock=clock))
         waiting.enter()
         assert clock.now == pytest.approx((other.record.expires_at or 0) + 5000, abs=20)
+        assert store.calls.count("set_if_new") == 3  # the other's, before the waiting, and after it
 
     def test_a_lock_that_another_gets_first(self) -> None:
         """Between the look and the write: it waits on."""
