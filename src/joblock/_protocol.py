@@ -253,7 +253,6 @@ async def resume(
     """
     key = job_lock_key(canister_uid, vault_id)
     _check_skew(clock_skew_ms)
-    check_text("expected_job_id", expected_job_id)
     run_id = new_id(uuid_factory, "run id")
     died: JobLockRecord | None = None
 
