@@ -6,12 +6,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
-from joblock import BlobStore, JobLockRecord, OwnedJobLock
-from joblock._lease import Keeper, holding
+from joblock import BlobStore, JobLockRecord, OwnedJobLock, _protocol
+from joblock._lease import Keeper
 from joblock._record import epoch_ms
 from tests.support import UID, VAULT, RecordingStore, async_view
 
@@ -92,7 +93,7 @@ BRIEF: dict[str, Any] = {"ttl_ms": 300, "renew_every_ms": 10}
 def make_keeper(store: BlobStore, **keywords: Any) -> Keeper:
     """What `hold_job_lock` makes of its arguments."""
     made: dict[str, Any] = {
-        "described": JobLockRecord(None, UID, VAULT),
+        "take": partial(_protocol.acquire, described=JobLockRecord(None, UID, VAULT)),
         "renew_every_ms": None,
         "ttl_ms": MINUTE,
         "wait_ms": 0,
@@ -102,4 +103,4 @@ def make_keeper(store: BlobStore, **keywords: Any) -> Keeper:
         "clock": epoch_ms,
         "uuid_factory": uuid.uuid4,
     }
-    return holding(async_view(store), UID, VAULT, **(made | keywords))
+    return Keeper(async_view(store), UID, VAULT, **(made | keywords))

@@ -21,7 +21,8 @@ from types import MethodType, TracebackType
 
 from . import _protocol
 from ._given import Duration, described, positive
-from ._lease import Keeper, Once, holding, over, resuming, way_out
+from ._ids import check_text
+from ._lease import Keeper, Once, over, way_out
 from ._locks import run, view
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
@@ -152,18 +153,21 @@ def hold_job_lock(
     """
     blocking = view(store, _protocol.HOLD_NEEDS)
     return _Hold(
-        holding(
+        Keeper(
             blocking,
             canister_uid,
             vault_id,
-            described=described(
-                canister_uid,
-                vault_id,
-                actor_uid=actor_uid,
-                chunks_to_embed=chunks_to_embed,
-                estimated_seconds=estimated_seconds,
-                reason=reason,
-                extra=extra,
+            take=partial(
+                _protocol.acquire,
+                described=described(
+                    canister_uid,
+                    vault_id,
+                    actor_uid=actor_uid,
+                    chunks_to_embed=chunks_to_embed,
+                    estimated_seconds=estimated_seconds,
+                    reason=reason,
+                    extra=extra,
+                ),
             ),
             renew_every_ms=renew_every_ms,
             ttl_ms=ttl_ms,
@@ -228,13 +232,14 @@ def resume_job_lock(
         Exception: what the store raised. The lock is as it was; or, if writing it back failed too,
             which is logged, it is nobody's until `ttl_ms` is over.
     """
+    check_text("expected_job_id", expected_job_id)
     blocking = view(store, _protocol.HOLD_NEEDS)
     return _Hold(
-        resuming(
+        Keeper(
             blocking,
             canister_uid,
             vault_id,
-            expected_job_id=expected_job_id,
+            take=partial(_protocol.resume, expected_job_id=expected_job_id),
             renew_every_ms=renew_every_ms,
             ttl_ms=ttl_ms,
             at_least_ms=at_least_ms,

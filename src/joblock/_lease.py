@@ -38,7 +38,7 @@ from typing import Any
 from . import _log, _protocol
 from ._errors import JobLockError, JobLockHeldError, JobLockLostError, LossReason
 from ._given import Duration, milliseconds, not_negative, positive
-from ._ids import check_text, job_lock_key
+from ._ids import job_lock_key
 from ._record import JobLockRecord, as_number
 from ._results import Acquired, Held, Lost, Renewed
 from ._store import AsyncBlobStore
@@ -162,6 +162,8 @@ class Keeper:
     Of a remote store's error only the type and the status are logged: its text may have a signed
     URL or a token. The error itself is the cause of the `JobLockLostError` that it leads to.
 
+    `take` is `_protocol.acquire` or `_protocol.resume`, with what only that one is given.
+
     Who writes what, and who reads it: `is_over` says that the block is over without a word; it is
     set before `enter`. `lease` is written once, by `enter`. `begun` is written by whoever enters,
     when the block is about to run; until then leaving takes back what was written. `ended` and
@@ -181,15 +183,17 @@ class Keeper:
         vault_id: str,
         *,
         take: Callable[..., Coroutine[Any, Any, Acquired | Held]],
-        ttl_ms: float,
+        ttl_ms: float | Duration,
         renew_every_ms: float | Duration | None,
         wait_ms: float | Duration = 0,
         at_least_ms: float | Duration,
-        at_most_ms: float | None,
-        clock_skew_ms: float = 0,
+        at_most_ms: float | Duration | None,
+        clock_skew_ms: float,
         clock: Callable[[], float],
-        now: Callable[[], float],
+        uuid_factory: Callable[[], uuid.UUID | str],
+        now: Callable[[], float] = monotonic_ms,
     ) -> None:
+        ttl_ms = positive("ttl_ms", ttl_ms)
         every_ms = ttl_ms / 3 if renew_every_ms is None else milliseconds(renew_every_ms)
         if every_ms is None or not 0 < every_ms < ttl_ms - _LOST_EARLY_MS:
             if renew_every_ms is None:
@@ -200,7 +204,8 @@ class Keeper:
             )
         self._wait_ms = not_negative("wait_ms", wait_ms)
         self._at_least_ms = not_negative("at_least_ms", at_least_ms)
-        if at_most_ms is not None and at_most_ms < self._at_least_ms:
+        self._at_most_ms = None if at_most_ms is None else positive("at_most_ms", at_most_ms)
+        if self._at_most_ms is not None and self._at_most_ms < self._at_least_ms:
             raise ValueError(
                 f"at_most_ms must not be less than at_least_ms: {at_most_ms} and {at_least_ms}"
             )
@@ -216,9 +221,9 @@ class Keeper:
         self._take = take
         self._ttl_ms = ttl_ms
         self._renew_every_ms = every_ms
-        self._at_most_ms = at_most_ms
         self._clock_skew_ms = clock_skew_ms
         self._clock = clock
+        self._uuid_factory = uuid_factory
         self._now = now
         self._loss_unlogged = threading.Lock()
         self._releasing = threading.Lock()
@@ -273,7 +278,17 @@ class Keeper:
         """Take the lock; return who has it if it is not to be had."""
         begun = self._now()
         wall = 0 if self._at_most_ms is None else self._clock()
-        taken = await self._take(writing=self._note)
+        taken = await self._take(
+            self._store,
+            *self._ids,
+            ttl_ms=self._ttl_ms,
+            at_most_ms=self._at_most_ms,
+            clock_skew_ms=self._clock_skew_ms,
+            clock=self._clock,
+            uuid_factory=self._uuid_factory,
+            id_is_new=self._uuid_factory is uuid.uuid4,
+            writing=self._note,
+        )
         if isinstance(taken, Held):
             return taken
         last = math.inf
@@ -448,98 +463,6 @@ class Keeper:
             raise loss
         if loss is not None and error is not None:
             error.add_note(str(loss))
-
-
-def holding(
-    store: AsyncBlobStore,
-    canister_uid: str,
-    vault_id: str,
-    *,
-    described: JobLockRecord,
-    renew_every_ms: float | Duration | None,
-    ttl_ms: float | Duration,
-    wait_ms: float | Duration,
-    at_least_ms: float | Duration,
-    at_most_ms: float | Duration | None,
-    clock_skew_ms: float,
-    clock: Callable[[], float],
-    uuid_factory: Callable[[], uuid.UUID | str],
-    now: Callable[[], float] = monotonic_ms,
-) -> Keeper:
-    """The keeper of a new job's lock."""
-    lease_ms = positive("ttl_ms", ttl_ms)
-    most_ms = None if at_most_ms is None else positive("at_most_ms", at_most_ms)
-    return Keeper(
-        store,
-        canister_uid,
-        vault_id,
-        take=partial(
-            _protocol.acquire,
-            store,
-            canister_uid,
-            vault_id,
-            described=described,
-            ttl_ms=lease_ms,
-            at_most_ms=most_ms,
-            clock_skew_ms=clock_skew_ms,
-            clock=clock,
-            uuid_factory=uuid_factory,
-            id_is_new=uuid_factory is uuid.uuid4,
-        ),
-        ttl_ms=lease_ms,
-        renew_every_ms=renew_every_ms,
-        wait_ms=wait_ms,
-        at_least_ms=at_least_ms,
-        at_most_ms=most_ms,
-        clock_skew_ms=clock_skew_ms,
-        clock=clock,
-        now=now,
-    )
-
-
-def resuming(
-    store: AsyncBlobStore,
-    canister_uid: str,
-    vault_id: str,
-    *,
-    expected_job_id: str,
-    renew_every_ms: float | Duration | None,
-    ttl_ms: float | Duration,
-    at_least_ms: float | Duration,
-    at_most_ms: float | Duration | None,
-    clock_skew_ms: float,
-    clock: Callable[[], float],
-    uuid_factory: Callable[[], uuid.UUID | str],
-    now: Callable[[], float] = monotonic_ms,
-) -> Keeper:
-    """The keeper of the lock of a job that another has begun."""
-    check_text("expected_job_id", expected_job_id)
-    lease_ms = positive("ttl_ms", ttl_ms)
-    most_ms = None if at_most_ms is None else positive("at_most_ms", at_most_ms)
-    return Keeper(
-        store,
-        canister_uid,
-        vault_id,
-        take=partial(
-            _protocol.resume,
-            store,
-            canister_uid,
-            vault_id,
-            expected_job_id=expected_job_id,
-            ttl_ms=lease_ms,
-            at_most_ms=most_ms,
-            clock_skew_ms=clock_skew_ms,
-            clock=clock,
-            uuid_factory=uuid_factory,
-            id_is_new=uuid_factory is uuid.uuid4,
-        ),
-        ttl_ms=lease_ms,
-        renew_every_ms=renew_every_ms,
-        at_least_ms=at_least_ms,
-        at_most_ms=most_ms,
-        clock=clock,
-        now=now,
-    )
 
 
 def log_unreleased(job_id: str | None, key: str, why: BaseException | str) -> None:

@@ -23,8 +23,8 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 from . import _protocol
 from ._given import Duration, described, lenient_ttl, not_negative, positive
 from ._hold import OwnedJobLock
-from ._ids import job_lock_key
-from ._lease import Keeper, Once, holding, log_unreleased, over, resuming, way_out
+from ._ids import check_text, job_lock_key
+from ._lease import Keeper, Once, log_unreleased, over, way_out
 from ._locks import run, view
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
@@ -214,18 +214,21 @@ def hold_job_lock(
     """
     _require_async(store, _protocol.HOLD_NEEDS)
     return _Hold(
-        holding(
+        Keeper(
             store,
             canister_uid,
             vault_id,
-            described=described(
-                canister_uid,
-                vault_id,
-                actor_uid=actor_uid,
-                chunks_to_embed=chunks_to_embed,
-                estimated_seconds=estimated_seconds,
-                reason=reason,
-                extra=extra,
+            take=partial(
+                _protocol.acquire,
+                described=described(
+                    canister_uid,
+                    vault_id,
+                    actor_uid=actor_uid,
+                    chunks_to_embed=chunks_to_embed,
+                    estimated_seconds=estimated_seconds,
+                    reason=reason,
+                    extra=extra,
+                ),
             ),
             renew_every_ms=renew_every_ms,
             ttl_ms=ttl_ms,
@@ -258,13 +261,14 @@ def resume_job_lock(
     A task renews the lock; for cancellation and event loops see `hold_job_lock`. Entering that is
     cancelled writes back the record that it has replaced, so that the next delivery can enter.
     """
+    check_text("expected_job_id", expected_job_id)
     _require_async(store, _protocol.HOLD_NEEDS)
     return _Hold(
-        resuming(
+        Keeper(
             store,
             canister_uid,
             vault_id,
-            expected_job_id=expected_job_id,
+            take=partial(_protocol.resume, expected_job_id=expected_job_id),
             renew_every_ms=renew_every_ms,
             ttl_ms=ttl_ms,
             at_least_ms=at_least_ms,

@@ -12,6 +12,8 @@ from tests.model.broken import BROKEN, SOUND
 from tests.model.search import exhaustive
 from tests.model.world import INITIAL, Algorithm, Limits, World
 
+Searches = list[tuple[tuple[int, Limits], dict[str, int]]]
+
 # What each search visited when it was last looked at: clients, limits, and the number of states
 # from each start. One that visits much less has gone shallow, and proves less than it says.
 TWO_WITH_FAULTS = (2, Limits(operations=2, ticks=1, faults=1, crashes=0))
@@ -23,7 +25,7 @@ THREE_EXPIRING = (
     3,
     Limits(operations=2, ticks=1, faults=0, crashes=0, renewals=False, without_etag=False),
 )
-SEARCHES = [
+SEARCHES: Searches = [
     (TWO_WITH_FAULTS, {"no record": 8593, "live": 7005}),
     (TWO_WITH_CRASHES, {"no record": 3600, "live": 3223, "expired": 9251}),
     (TWO_FOR_LONGER, {"no record": 12364, "live": 8088}),
@@ -32,24 +34,28 @@ SEARCHES = [
     (THREE_EXPIRING, {"no record": 12120}),
 ]
 # The rest takes a minute. From junk or a tombstone it goes as from an expired record.
-DEEP = [
+DEEP: Searches = [
     (TWO_WITH_FAULTS, {"expired": 23333, "malformed": 23333, "tombstone": 23333}),
     (TWO_WITH_CRASHES, {"malformed": 9251, "tombstone": 9251}),
     (TWO_FOR_LONGER, {"expired": 24657, "malformed": 24657, "tombstone": 24657}),
     (TWO_EXPIRIES, {"live": 22840, "expired": 42837, "malformed": 42837, "tombstone": 42837}),
     (THREE_EXPIRING, {"live": 36470, "expired": 79016, "malformed": 79016, "tombstone": 79016}),
 ]
-CASES = [
-    pytest.param(
-        *search, start, states, id=f"{search[0]} clients, {search[1]}, {start}", marks=marks
-    )
-    for searches, marks in ((SEARCHES, ()), (DEEP, (pytest.mark.deep,)))
-    for search, starts in searches
-    for start, states in starts.items()
-]
 
 
-@pytest.mark.parametrize(("clients", "limits", "start", "states"), CASES)
+def cases(always: Searches, deep: Searches) -> list[Any]:
+    """One test for each search and start; the `deep` ones only with `--deep`."""
+    return [
+        pytest.param(
+            *search, start, states, id=f"{search[0]} clients, {search[1]}, {start}", marks=marks
+        )
+        for searches, marks in ((always, ()), (deep, (pytest.mark.deep,)))
+        for search, starts in searches
+        for start, states in starts.items()
+    ]
+
+
+@pytest.mark.parametrize(("clients", "limits", "start", "states"), cases(SEARCHES, DEEP))
 def test_no_schedule_breaks_a_promise(
     clients: int, limits: Limits, start: str, states: int
 ) -> None:

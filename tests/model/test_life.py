@@ -8,7 +8,7 @@ import pytest
 
 from tests.model.broken import BROKEN_RUNS, SOUND
 from tests.model.search import exhaustive
-from tests.model.test_exhaustive import acquiring
+from tests.model.test_exhaustive import Searches, acquiring, cases
 from tests.model.world import LIFE, Algorithm, Limits, World
 
 # Clients are deliveries of job x, or rivals that hold locks of their own. With a minimum hold that
@@ -22,7 +22,7 @@ TWO_FOR_LONGER_WITH_FAULTS = (2, TWO[1]._replace(ticks=2, faults=1, at_most=None
 THREE = (3, Limits(operations=2, ticks=0, faults=0, crashes=0, runs=True))
 THREE_EXPIRING = (3, Limits(operations=1, ticks=2, faults=1, crashes=0, runs=True))
 # What each search visited when it was last looked at, as in test_exhaustive.
-SEARCHES = [
+SEARCHES: Searches = [
     (
         TWO,
         {
@@ -36,7 +36,7 @@ SEARCHES = [
     ),
     (TWO_WITH_FAULTS, {"taken": 28675}),
 ]
-DEEP = [
+DEEP: Searches = [
     (
         TWO_WITH_FAULTS,
         {"taken, expired": 42445, "a live run": 12853, "a dead run": 42445, "ended": 7560},
@@ -48,17 +48,9 @@ DEEP = [
     (THREE, {"taken": 13592, "a dead run": 15954}),
     (THREE_EXPIRING, {"taken": 294266}),
 ]
-CASES = [
-    pytest.param(
-        *search, start, states, id=f"{search[0]} clients, {search[1]}, {start}", marks=marks
-    )
-    for searches, marks in ((SEARCHES, ()), (DEEP, (pytest.mark.deep,)))
-    for search, starts in searches
-    for start, states in starts.items()
-]
 
 
-@pytest.mark.parametrize(("clients", "limits", "start", "states"), CASES)
+@pytest.mark.parametrize(("clients", "limits", "start", "states"), cases(SEARCHES, DEEP))
 def test_no_schedule_breaks_a_promise(
     clients: int, limits: Limits, start: str, states: int
 ) -> None:

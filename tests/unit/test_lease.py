@@ -383,7 +383,7 @@ def test_entering_that_nobody_runs_any_more() -> None:
     keeper = make_keeper(PlainStore())
     steps: list[str] = []
 
-    async def take(**_: object) -> Any:
+    async def take(*_: object, **__: object) -> Any:
         steps.append("waits")
         await Forever()
 

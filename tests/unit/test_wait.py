@@ -147,7 +147,6 @@ class TestInSimulatedTime:
         acquire_job_lock(store, UID, VAULT, ttl_ms=1, clock=waiting.clock)
         frozen = waiting.clock.now
         waiting.keeper._clock = lambda: frozen
-        waiting.keeper._take.keywords["clock"] = lambda: frozen  # type: ignore[attr-defined] # pyright: ignore
         with pytest.raises(JobLockHeldError):
             waiting.enter()
         assert len(waiting.pauses) == 50
