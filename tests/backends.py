@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import itertools
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pytest
 
-from joblock import ConditionalBlobStore
+from joblock import AsyncConditionalBlobStore, Blob, ConditionalBlobStore
 from tests.gcs_server import gcs_server
-from tests.servers import azure_connection, azure_server, netlify_server, s3_server
+from tests.servers import azure_connection, azure_server, netlify_server, redis_server, s3_server
+
+T = TypeVar("T")
 
 BUCKET = "jobs"
 NETLIFY_TOKEN = "a token"
 NAMES = ("s3", "s3-tombstone", "azure", "gcs", "netlify-api", "netlify-edge")
-BY_CONTENT = ("s3", "s3-tombstone")  # an S3 etag is that of the content, not of the version
+DATABASES = ("redis", "redis-async")
+BY_CONTENT = ("s3", "s3-tombstone", *DATABASES)  # the etag is of the content, not of the version
 RETRIES = {  # of boto3's client, where they are not those of joblock.stores.s3.QUICK
     "s3-once": {"total_max_attempts": 1},
     "s3-legacy": {"mode": "legacy", "total_max_attempts": 5},
@@ -27,6 +33,64 @@ TOMBSTONE = ("s3-tombstone", "netlify-api", "netlify-edge")
 
 Make = Callable[[str, ExitStack, str, str], ConditionalBlobStore]
 """A store, given one of NAMES, what closes its client, the URL and a prefix of its own."""
+
+
+class FromThreads:
+    """An async store as a blocking one, its coroutines run by an event loop in another thread."""
+
+    def __init__(self, store: AsyncConditionalBlobStore, loop: asyncio.AbstractEventLoop) -> None:
+        self._store, self._loop = store, loop
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+    def get(self, key: str) -> str | bytes | None:
+        return self.run(self._store.get(key))
+
+    def set(self, key: str, value: str) -> None:
+        self.run(self._store.set(key, value))
+
+    def delete(self, key: str) -> None:
+        self.run(self._store.delete(key))
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        return self.run(self._store.get_with_etag(key))
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        return self.run(self._store.set_if_new(key, value))
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return self.run(self._store.set_if_match(key, value, etag))
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        return self.run(self._store.delete_if_match(key, etag))
+
+    def list_keys(self, prefix: str) -> list[str]:
+        async def listed() -> list[str]:
+            return [key async for key in cast(Any, self._store).list_keys(prefix)]
+
+        return self.run(listed())
+
+
+def in_a_loop(
+    store: AsyncConditionalBlobStore,
+    close: Callable[[], Coroutine[Any, Any, object]] | None,
+    stack: ExitStack,
+) -> FromThreads:
+    """Run an event loop in a thread until the stack is closed; then `close` is awaited."""
+    loop = stack.enter_context(asyncio.Runner()).get_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    made = FromThreads(store, loop)
+
+    def stop() -> None:
+        if close is not None:
+            made.run(close())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+    thread.start()
+    stack.callback(stop)
+    return made
 
 
 @dataclass
@@ -53,7 +117,9 @@ class Backends:
     def __getitem__(self, name: str) -> Backend:
         kind, _, _ = name.partition("-")
         if kind not in self._servers:
-            start = {"s3": _s3, "azure": _azure, "gcs": _gcs, "netlify": _netlify}[kind]
+            start = {"s3": _s3, "azure": _azure, "gcs": _gcs, "netlify": _netlify, "redis": _redis}[
+                kind
+            ]
             self._servers[kind] = self._stack.enter_context(start())
         return Backend(name, *self._servers[kind])
 
@@ -148,6 +214,23 @@ def _gcs() -> Generator[tuple[str, Make]]:
         yield url, open_gcs
 
 
+def open_redis(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
+    redis: Any = pytest.importorskip("redis")
+    from joblock.stores.redis import AsyncRedisBlobStore, RedisBlobStore
+
+    if name == "redis":
+        return RedisBlobStore(stack.enter_context(redis.Redis.from_url(url)), prefix=prefix)
+    client = importlib.import_module("redis.asyncio").Redis.from_url(url)
+    return in_a_loop(AsyncRedisBlobStore(client, prefix=prefix), client.aclose, stack)
+
+
+@contextmanager
+def _redis() -> Generator[tuple[str, Make]]:
+    pytest.importorskip("redis")
+    with redis_server() as server:
+        yield server.url, open_redis
+
+
 @contextmanager
 def _netlify() -> Generator[tuple[str, Make]]:
     from joblock.stores.netlify import NetlifyBlobStore
@@ -163,3 +246,12 @@ def _netlify() -> Generator[tuple[str, Make]]:
             return stack.enter_context(store)
 
         yield server.url, open_
+
+
+_SERVERS: dict[str, Callable[[], AbstractContextManager[tuple[str, Make]]]] = {
+    "s3": _s3,
+    "azure": _azure,
+    "gcs": _gcs,
+    "netlify": _netlify,
+    "redis": _redis,
+}

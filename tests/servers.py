@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,67 @@ def netlify_server() -> Generator[NetlifyServer]:
         _process("node", script, str(packages), folder, token) as url,
     ):
         yield NetlifyServer(url, token, Path(folder))
+
+
+@dataclass
+class RedisServer:
+    """A server, which a test may kill and start again on the same files and port."""
+
+    port: int
+    _command: list[str]
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{self._command} did not start")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(100).startswith(b"+PONG")
+        except OSError:
+            return False
+
+
+@contextmanager
+def redis_server(*options: str, port: int = 0) -> Generator[RedisServer]:
+    """Redis, with each write on its disk before it is answered."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        port = port or free_port()
+        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", folder]
+        command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", *options]
+        server = RedisServer(port, command)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.kill()
+
+
+def free_port() -> int:
+    """A port that nobody listens on; another may take it before it is used, but hardly does."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 @contextmanager

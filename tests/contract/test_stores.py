@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 
 from joblock import (
-    Blob,
     ConditionalBlobStore,
     JobLockRecord,
     MemoryBlobStore,
@@ -24,7 +22,7 @@ from joblock import (
 from joblock.aio import ThreadedBlobStore
 from joblock.conformance import check_store
 from joblock.stores.sqlite import SqliteBlobStore
-from tests.backends import BY_CONTENT, NAMES, TOMBSTONE, Backends
+from tests.backends import BY_CONTENT, DATABASES, NAMES, TOMBSTONE, Backends, in_a_loop
 from tests.model.linearizability import Event, as_text, explanation, record
 
 T = TypeVar("T")
@@ -34,51 +32,7 @@ TOMBSTONE_TEXT = "null"
 THREADS = 24
 
 
-class FromThreads:
-    """An async store as a blocking one, its coroutines run by an event loop in another thread."""
-
-    def __init__(self, store: ThreadedBlobStore, loop: asyncio.AbstractEventLoop) -> None:
-        self._store, self._loop = store, loop
-
-    def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
-
-    def get(self, key: str) -> str | bytes | None:
-        return self._run(self._store.get(key))
-
-    def set(self, key: str, value: str) -> None:
-        self._run(self._store.set(key, value))
-
-    def delete(self, key: str) -> None:
-        self._run(self._store.delete(key))
-
-    def get_with_etag(self, key: str) -> Blob | None:
-        return self._run(self._store.get_with_etag(key))
-
-    def set_if_new(self, key: str, value: str) -> str | None:
-        return self._run(self._store.set_if_new(key, value))
-
-    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
-        return self._run(self._store.set_if_match(key, value, etag))
-
-    def delete_if_match(self, key: str, etag: str) -> bool:
-        return self._run(self._store.delete_if_match(key, etag))
-
-
-@contextmanager
-def from_threads(store: ConditionalBlobStore) -> Generator[FromThreads]:
-    with asyncio.Runner() as runner:
-        loop = runner.get_loop()
-        thread = threading.Thread(target=loop.run_forever)
-        thread.start()
-        try:
-            yield FromThreads(ThreadedBlobStore(store), loop)
-        finally:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-
-
-@pytest.fixture(params=["memory", "sqlite", *NAMES])
+@pytest.fixture(params=["memory", "sqlite", *NAMES, *DATABASES])
 def name(request: pytest.FixtureRequest) -> str:
     chosen: str = request.param
     return chosen
@@ -96,7 +50,9 @@ def store(
             made = stack.enter_context(SqliteBlobStore(tmp_path / "jobs.db"))
         else:
             made = backends[name].open(stack, backends.new_prefix())
-        yield stack.enter_context(from_threads(made)) if request.param else made
+        if request.param and name.endswith("-async"):
+            pytest.skip("it is async without a thread")
+        yield in_a_loop(ThreadedBlobStore(made), None, stack) if request.param else made
 
 
 def at_once(act: Callable[[str], T]) -> list[T]:
@@ -112,7 +68,7 @@ def at_once(act: Callable[[str], T]) -> list[T]:
 
 
 def rounds(name: str) -> int:
-    return 3 if name in NAMES else 20
+    return 3 if name in NAMES or name in DATABASES else 20
 
 
 def text_of(store: ConditionalBlobStore, key: str = KEY) -> str | None:

@@ -41,6 +41,7 @@ FLOORS = [
     "stores.azure",
     "stores.gcs",
     "stores.netlify",
+    "stores.redis",
     "stores",
     "aio",
     "",
@@ -141,6 +142,7 @@ def test_the_doors() -> None:
         "stores.gcs",
         "stores.memory",
         "stores.netlify",
+        "stores.redis",
         "stores.s3",
         "stores.sqlite",
     ]
@@ -169,6 +171,7 @@ def test_what_a_store_module_promises_is_there(name: str) -> None:
             "stores.s3": "boto3",
             "stores.azure": "azure.storage.blob",
             "stores.gcs": "google.cloud.storage",
+            "stores.redis": "redis",
         }.get(name, "joblock")
     )
     module = import_module(f"joblock.{name}")

@@ -25,6 +25,7 @@ def open_store(url: str) -> ConditionalBlobStore:
     - `azure://container/prefix`: `AzureBlobStore`; from `AZURE_STORAGE_CONNECTION_STRING`, or from
       `AZURE_STORAGE_ACCOUNT` and azure-identity's `DefaultAzureCredential`.
     - `gs://bucket/prefix`: `GcsBlobStore`.
+    - `redis://host:6379/0` or `rediss://...`: `RedisBlobStore`.
     - `netlify:store`: `NetlifyBlobStore`; from `NETLIFY_BLOBS_CONTEXT`, or from `NETLIFY_SITE_ID`
       and `NETLIFY_AUTH_TOKEN`.
     - `memory:`: a new, empty `MemoryBlobStore`.
@@ -66,6 +67,10 @@ def open_store(url: str) -> ConditionalBlobStore:
             from .gcs import connect as connect_gcs
 
             return connect_gcs(*_place(rest))
+        case "redis" | "rediss":
+            from .redis import connect as connect_redis
+
+            return connect_redis(url)
         case "netlify":
             from .netlify import connect as connect_netlify
 

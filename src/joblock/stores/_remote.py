@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from .._store import Blob
@@ -84,11 +84,28 @@ class Retry:
             except DoubtfulRefusal:
                 return None, True
             except Exception as error:
-                pause_s = next(pauses, None)
-                if pause_s is None or not self.unanswered(error):
-                    raise
-            time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311 - clients must not go in step
+                pause_s = self._pause_s(error, pauses)
+            time.sleep(pause_s)
             again = True
+
+    async def ask_async(
+        self, send: Callable[[], Awaitable[T]], sleep: Callable[[float], Awaitable[object]]
+    ) -> T:
+        """Return what `send` returns, of a request that is safe to repeat."""
+        pauses = iter(self.pauses_s)
+        while True:
+            try:
+                return await send()
+            except Exception as error:
+                pause_s = self._pause_s(error, pauses)
+            await sleep(pause_s)
+
+    def _pause_s(self, error: Exception, pauses: Iterator[float]) -> float:
+        """How long to wait before the next request; raise the error if there is to be none."""
+        pause_s = next(pauses, None)
+        if pause_s is None or not self.unanswered(error):
+            raise error
+        return pause_s * random.uniform(0.5, 1)  # noqa: S311 - clients must not go in step
 
     def write(
         self, send: Callable[[], str | None], read: Callable[[], Blob | None], value: str
