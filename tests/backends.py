@@ -15,15 +15,29 @@ import pytest
 
 from joblock import AsyncConditionalBlobStore, Blob, ConditionalBlobStore
 from tests.gcs_server import gcs_server
-from tests.servers import azure_connection, azure_server, netlify_server, redis_server, s3_server
+from tests.servers import (
+    azure_connection,
+    azure_server,
+    mariadb_server,
+    netlify_server,
+    postgresql_server,
+    redis_server,
+    s3_server,
+)
 
 T = TypeVar("T")
 
 BUCKET = "jobs"
 NETLIFY_TOKEN = "a token"
 NAMES = ("s3", "s3-tombstone", "azure", "gcs", "netlify-api", "netlify-edge")
-DATABASES = ("redis", "redis-async")
-BY_CONTENT = ("s3", "s3-tombstone", *DATABASES)  # the etag is of the content, not of the version
+SQL = ("postgresql-psycopg", "postgresql-asyncpg", "mariadb-pymysql", "mariadb-asyncmy")
+DATABASES = ("redis", "redis-async", *SQL)
+BY_CONTENT = (
+    "s3",
+    "s3-tombstone",
+    "redis",
+    "redis-async",
+)  # the etag is of the content, not of the version
 RETRIES = {  # of boto3's client, where they are not those of joblock.stores.s3.QUICK
     "s3-once": {"total_max_attempts": 1},
     "s3-legacy": {"mode": "legacy", "total_max_attempts": 5},
@@ -117,10 +131,7 @@ class Backends:
     def __getitem__(self, name: str) -> Backend:
         kind, _, _ = name.partition("-")
         if kind not in self._servers:
-            start = {"s3": _s3, "azure": _azure, "gcs": _gcs, "netlify": _netlify, "redis": _redis}[
-                kind
-            ]
-            self._servers[kind] = self._stack.enter_context(start())
+            self._servers[kind] = self._stack.enter_context(_SERVERS[kind]())
         return Backend(name, *self._servers[kind])
 
     def new_prefix(self) -> str:
@@ -231,6 +242,44 @@ def _redis() -> Generator[tuple[str, Make]]:
         yield server.url, open_redis
 
 
+def open_sql(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
+    """Each prefix is a table of its own."""
+    sqlalchemy: Any = pytest.importorskip("sqlalchemy")
+    driver = name.partition("-")[2]
+    pytest.importorskip(driver)
+    from joblock.stores.sql import AsyncSqlBlobStore, SqlBlobStore
+
+    table = prefix.strip("/")
+    place = sqlalchemy.make_url(url)
+    place = place.set(drivername=f"{place.get_backend_name()}+{driver}")
+    if driver in ("psycopg", "pymysql"):
+        engine = sqlalchemy.create_engine(place, max_overflow=30)
+        stack.callback(engine.dispose)
+        store = SqlBlobStore(engine, table=table)
+        store.create_table()
+        return store
+    make = importlib.import_module("sqlalchemy.ext.asyncio").create_async_engine
+    engine = make(place, max_overflow=30)
+    made = AsyncSqlBlobStore(engine, table=table)
+    threads = in_a_loop(made, engine.dispose, stack)
+    threads.run(made.create_table())
+    return threads
+
+
+@contextmanager
+def _postgresql() -> Generator[tuple[str, Make]]:
+    pytest.importorskip("psycopg")
+    with postgresql_server() as server:
+        yield server.url, open_sql
+
+
+@contextmanager
+def _mariadb() -> Generator[tuple[str, Make]]:
+    pytest.importorskip("pymysql")
+    with mariadb_server() as server:
+        yield server.url, open_sql
+
+
 @contextmanager
 def _netlify() -> Generator[tuple[str, Make]]:
     from joblock.stores.netlify import NetlifyBlobStore
@@ -254,4 +303,6 @@ _SERVERS: dict[str, Callable[[], AbstractContextManager[tuple[str, Make]]]] = {
     "gcs": _gcs,
     "netlify": _netlify,
     "redis": _redis,
+    "postgresql": _postgresql,
+    "mariadb": _mariadb,
 }

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,56 +74,148 @@ def netlify_server() -> Generator[NetlifyServer]:
 
 
 @dataclass
-class RedisServer:
+class LocalServer:
     """A server, which a test may kill and start again on the same files and port."""
 
+    url: str
     port: int
+    log: Path
     _command: list[str]
+    _answers: Callable[[socket.socket], bool]
+    _user: str | None = None
     _process: subprocess.Popen[bytes] | None = None
 
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
-
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, user=self._user, start_new_session=True
+            )
         deadline = time.monotonic() + TIMEOUT_S
-        while not self._answers():
+        while not self._is_up():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self._command} did not start")
+                raise RuntimeError(f"{self._command} did not start:\n{self.log.read_text()}")
             time.sleep(0.02)
 
     def kill(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def _answers(self) -> bool:
+    def _is_up(self) -> bool:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(100).startswith(b"+PONG")
+                return self._answers(connection)
         except OSError:
             return False
 
 
 @contextmanager
-def redis_server(*options: str, port: int = 0) -> Generator[RedisServer]:
+def _running(server: LocalServer) -> Generator[LocalServer]:
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@contextmanager
+def redis_server(*options: str, port: int = 0) -> Generator[LocalServer]:
     """Redis, with each write on its disk before it is answered."""
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed")
+
+    def answers(connection: socket.socket) -> bool:
+        connection.sendall(b"PING\r\n")
+        return connection.recv(100).startswith(b"+PONG")
+
     with tempfile.TemporaryDirectory() as folder:
         port = port or free_port()
         command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", folder]
         command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", *options]
-        server = RedisServer(port, command)
-        try:
-            server.start()
+        log = Path(folder, "server.log")
+        url = f"redis://127.0.0.1:{port}/0"
+        with _running(LocalServer(url, port, log, command, answers)) as server:
             yield server
-        finally:
-            server.kill()
+
+
+@contextmanager
+def postgresql_server() -> Generator[LocalServer]:
+    """PostgreSQL, with a database `joblock` for everybody; its log has each error."""
+    initdb = _postgresql("initdb")
+    with _folder_of_nobody() as (folder, user):
+        data, port = folder / "data", free_port()
+        options = ["-U", "joblock", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale", "C"]
+        made = [initdb, "-D", str(data), *options]
+        subprocess.run(made, check=True, capture_output=True, user=user, cwd=folder)
+        command = [_postgresql("postgres"), "-D", str(data), "-p", str(port), "-k", str(folder)]
+        command += ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"]
+
+        def answers(connection: socket.socket) -> bool:  # to a request for TLS, with yes or no
+            connection.sendall(bytes([0, 0, 0, 8, 4, 210, 22, 47]))
+            return connection.recv(1) in (b"N", b"S")
+
+        url = f"postgresql+psycopg://joblock@127.0.0.1:{port}/postgres"
+        server = LocalServer(url, port, folder / "server.log", command, answers, user)
+        with _running(server):
+            yield server
+
+
+@contextmanager
+def mariadb_server() -> Generator[LocalServer]:
+    """MariaDB, with Debian's default character set, and a user `joblock` for everything."""
+    if shutil.which("mariadbd") is None or shutil.which("mariadb-install-db") is None:
+        pytest.skip("mariadb-server is not installed")
+    with _folder_of_nobody() as (folder, user):
+        data, port = folder / "data", free_port()
+        sql = folder / "init.sql"
+        sql.write_text(
+            "CREATE DATABASE joblock CHARACTER SET latin1;\n"
+            "CREATE USER joblock@'127.0.0.1' IDENTIFIED BY 'secret';\n"
+            "GRANT ALL ON *.* TO joblock@'127.0.0.1';\n"
+        )
+        options = ["--no-defaults", f"--datadir={data}", *([f"--user={user}"] if user else [])]
+        made = [
+            "mariadb-install-db",
+            *options,
+            "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+        ]
+        subprocess.run(made, check=True, capture_output=True)
+        command = ["mariadbd", *options, f"--port={port}", f"--socket={folder / 'socket'}"]
+        command += ["--bind-address=127.0.0.1", f"--pid-file={folder / 'pid'}"]
+        command += ["--max-connections=300", "--skip-name-resolve"]
+
+        def answers(connection: socket.socket) -> bool:
+            return b"MariaDB" in connection.recv(100)
+
+        url = f"mysql+pymysql://joblock:secret@127.0.0.1:{port}/joblock"
+        first = [*command, f"--init-file={sql}"]
+        server = LocalServer(url, port, folder / "server.log", first, answers)
+        with _running(server):
+            server._command = command
+            yield server
+
+
+@contextmanager
+def _folder_of_nobody() -> Generator[tuple[Path, str | None]]:
+    """For servers that refuse to run as root: its user, if this is root."""
+    with tempfile.TemporaryDirectory() as folder:
+        if os.geteuid() != 0:
+            yield Path(folder), None
+            return
+        shutil.chown(folder, "nobody")
+        yield Path(folder), "nobody"
+
+
+def _postgresql(program: str) -> str:
+    """Debian keeps it away from the PATH, in a folder for each version."""
+    found = [str(path) for path in Path("/usr/lib/postgresql").glob(f"*/bin/{program}")]
+    on_the_path = shutil.which(program)
+    found += [on_the_path] if on_the_path else []
+    if not found:
+        pytest.skip("postgresql is not installed")
+    return found[0]
 
 
 def free_port() -> int:

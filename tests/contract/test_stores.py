@@ -50,7 +50,7 @@ def store(
             made = stack.enter_context(SqliteBlobStore(tmp_path / "jobs.db"))
         else:
             made = backends[name].open(stack, backends.new_prefix())
-        if request.param and name.endswith("-async"):
+        if request.param and name.endswith(("-async", "-asyncpg", "-asyncmy")):
             pytest.skip("it is async without a thread")
         yield in_a_loop(ThreadedBlobStore(made), None, stack) if request.param else made
 
@@ -98,8 +98,10 @@ def test_a_missing_key(store: ConditionalBlobStore) -> None:
 
 
 @pytest.mark.parametrize("value", ["x", "", "é日🔒\u2028", "a\x00b", "null", "x" * 100_000])
-def test_reads_what_was_written(store: ConditionalBlobStore, value: str) -> None:
+def test_reads_what_was_written(store: ConditionalBlobStore, name: str, value: str) -> None:
     """By each way of writing, and each way of reading."""
+    if "\0" in value and name.startswith("postgresql"):
+        pytest.skip("PostgreSQL takes no such text, and says so; a record has none")
     store.set(KEY, value)
     assert text_of(store) == value
     etag = etag_of(store)

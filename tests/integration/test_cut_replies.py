@@ -27,7 +27,7 @@ from joblock import (
     renew_job_lock,
     resume_job_lock,
 )
-from tests.backends import DATABASES, Backends
+from tests.backends import DATABASES, SQL, Backends
 from tests.lossy import Proxy, lossy
 from tests.stream_proxy import StreamProxy, stream_proxy
 from tests.support import KEY, UID, VAULT
@@ -126,7 +126,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The store; it does not pause before a request is sent again: there are thousands."""
     chosen: str = request.param
-    module_name = chosen.partition("-")[0]
+    module_name = "sql" if chosen in SQL else chosen.partition("-")[0]
     try:
         module = import_module(f"joblock.stores.{module_name}")
     except ImportError as error:

@@ -25,7 +25,7 @@ from joblock import (
 from joblock.conformance import check_store
 from joblock.stores import open_store
 from tests.integration.test_one_winner import CLIENTS, assert_one_winner_each_round, prepare, send
-from tests.servers import RedisServer, free_port, redis_server
+from tests.servers import LocalServer, free_port, redis_server
 from tests.stream_proxy import stream_proxy
 from tests.support import KEY, UID, VAULT, acquired, held
 
@@ -33,13 +33,13 @@ redis: Any = pytest.importorskip("redis")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
+def server() -> Iterator[LocalServer]:
     with redis_server() as running:
         yield running
 
 
 @pytest.fixture
-def client(server: RedisServer) -> Iterator[Any]:
+def client(server: LocalServer) -> Iterator[Any]:
     with redis.Redis.from_url(server.url) as made:
         made.flushall()
         yield made
@@ -61,7 +61,7 @@ CLIENTS_OF_A_USER: dict[str, Callable[[Any, str], Any]] = {
 
 
 @pytest.mark.parametrize("kind", CLIENTS_OF_A_USER)
-def test_every_client_of_a_user(server: RedisServer, kind: str) -> None:
+def test_every_client_of_a_user(server: LocalServer, kind: str) -> None:
     """However it was made, it passes every check."""
     with CLIENTS_OF_A_USER[kind](redis, server.url) as made:
         made.flushall()
@@ -133,7 +133,7 @@ def test_keys_are_listed(client: Any) -> None:
         client.flushall()
 
 
-def test_a_reply_that_is_lost_again_and_again(server: RedisServer, client: Any) -> None:
+def test_a_reply_that_is_lost_again_and_again(server: LocalServer, client: Any) -> None:
     """redis-py repeats by itself, and tells nobody: each answer is that of the first request."""
     with (
         stream_proxy("127.0.0.1", server.port) as proxy,
@@ -190,7 +190,7 @@ def test_a_server_that_does_not_come_back(client: Any) -> None:
     assert "hush" not in str(failed.value)
 
 
-def test_open_store(server: RedisServer, client: Any) -> None:
+def test_open_store(server: LocalServer, client: Any) -> None:
     """By its URL; and what is no such URL."""
     store = open_store(server.url)
     lock = acquired(acquire_job_lock(store, UID, VAULT))
@@ -199,7 +199,7 @@ def test_open_store(server: RedisServer, client: Any) -> None:
         open_store("redis://host:port")
 
 
-def test_the_async_one(server: RedisServer, client: Any) -> None:
+def test_the_async_one(server: LocalServer, client: Any) -> None:
     """By its URL; a second click is refused, keys are listed, and a hold keeps its lock."""
     connect_async = importlib.import_module("joblock.stores.redis").connect_async
 
@@ -220,7 +220,7 @@ def test_the_async_one(server: RedisServer, client: Any) -> None:
     asyncio.run(main())
 
 
-def test_one_winner_of_processes(server: RedisServer, client: Any) -> None:
+def test_one_winner_of_processes(server: LocalServer, client: Any) -> None:
     """One client object, inherited over fork, raced by its parent and its children."""
     context = multiprocessing.get_context("fork")
     store = store_of(client)
@@ -255,7 +255,7 @@ def test_a_cluster() -> None:
             assert list(store.list_keys("index-jobs/")) == [KEY]
 
 
-def test_sentinel(server: RedisServer, client: Any, tmp_path: Any) -> None:
+def test_sentinel(server: LocalServer, client: Any, tmp_path: Any) -> None:
     """A client that asks Sentinel for the primary."""
     port = free_port()
     config = tmp_path / "sentinel.conf"
@@ -304,7 +304,7 @@ print(len(started), list(store.list_keys("index-jobs/")) == [])
 """
 
 
-def test_gevent(server: RedisServer, client: Any) -> None:
+def test_gevent(server: LocalServer, client: Any) -> None:
     """Of fifty greenlets one starts, and its lock is renewed."""
     pytest.importorskip("gevent")
     ran = subprocess.run(

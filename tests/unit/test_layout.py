@@ -42,6 +42,7 @@ FLOORS = [
     "stores.gcs",
     "stores.netlify",
     "stores.redis",
+    "stores.sql",
     "stores",
     "aio",
     "",
@@ -144,6 +145,7 @@ def test_the_doors() -> None:
         "stores.netlify",
         "stores.redis",
         "stores.s3",
+        "stores.sql",
         "stores.sqlite",
     ]
 
@@ -172,6 +174,7 @@ def test_what_a_store_module_promises_is_there(name: str) -> None:
             "stores.azure": "azure.storage.blob",
             "stores.gcs": "google.cloud.storage",
             "stores.redis": "redis",
+            "stores.sql": "sqlalchemy",
         }.get(name, "joblock")
     )
     module = import_module(f"joblock.{name}")

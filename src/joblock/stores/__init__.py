@@ -26,6 +26,8 @@ def open_store(url: str) -> ConditionalBlobStore:
       `AZURE_STORAGE_ACCOUNT` and azure-identity's `DefaultAzureCredential`.
     - `gs://bucket/prefix`: `GcsBlobStore`.
     - `redis://host:6379/0` or `rediss://...`: `RedisBlobStore`.
+    - `postgresql+psycopg://user@host/database`, `mysql+pymysql://...` and others that SQLAlchemy
+      knows, each with its driver: `SqlBlobStore`, in the table `joblock`, which must be there.
     - `netlify:store`: `NetlifyBlobStore`; from `NETLIFY_BLOBS_CONTEXT`, or from `NETLIFY_SITE_ID`
       and `NETLIFY_AUTH_TOKEN`.
     - `memory:`: a new, empty `MemoryBlobStore`.
@@ -75,6 +77,10 @@ def open_store(url: str) -> ConditionalBlobStore:
             from .netlify import connect as connect_netlify
 
             return connect_netlify(rest)
+        case _ if colon and re.fullmatch("(postgresql|mysql|mariadb|sqlite)[+][a-z0-9]+", scheme):
+            from .sql import connect as connect_sql
+
+            return connect_sql(url)
         case _:
             # Not the whole of it: there may be a password in it, or it may be one.
             named = colon and re.fullmatch("[a-z0-9+]+", scheme)

@@ -70,9 +70,11 @@ class Retry:
         self,
         unanswered: Callable[[Exception], bool],
         pauses_s: tuple[float, ...] = (0.1, 1.5),  # Google allows a key about one write a second
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self.unanswered = unanswered
         self.pauses_s = pauses_s
+        self._sleep = sleep
 
     def ask(self, send: Callable[[], T]) -> tuple[T | None, bool]:
         """Return what `send` returns, and whether an earlier request was not answered."""
@@ -85,7 +87,7 @@ class Retry:
                 return None, True
             except Exception as error:
                 pause_s = self._pause_s(error, pauses)
-            time.sleep(pause_s)
+            self._sleep(pause_s)
             again = True
 
     async def ask_async(

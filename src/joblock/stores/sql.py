@@ -1,0 +1,432 @@
+"""PostgreSQL, MariaDB, MySQL and SQLite, over SQLAlchemy 2.
+
+Each verb is one statement, committed by itself, on a connection of its own: it is never part of a
+transaction of the caller's, so no rollback takes or frees a lock. The database checks the condition
+together with the write.
+
+`python -m joblock.stores.sql URL` prints the statement that creates the table, for a migration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+from .._store import Blob
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, missing
+
+_PACKAGES = '"sqlalchemy>=2" greenlet, and a driver such as "psycopg[binary]" or pymysql'
+
+try:
+    from sqlalchemy import (
+        Column,
+        Engine,
+        Executable,
+        MetaData,
+        String,
+        Table,
+        Text,
+        create_engine,
+        delete,
+        insert,
+        make_url,
+        select,
+        update,
+    )
+    from sqlalchemy.dialects import mysql, postgresql, sqlite
+    from sqlalchemy.exc import (
+        DBAPIError,
+        IntegrityError,
+        InterfaceError,
+        NoSuchModuleError,
+        OperationalError,
+    )
+    from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+    from sqlalchemy.pool import SingletonThreadPool, StaticPool
+    from sqlalchemy.schema import CreateTable
+    from sqlalchemy.types import TypeDecorator
+    from sqlalchemy.util import await_only, greenlet_spawn
+except ModuleNotFoundError as _error:
+    raise missing(__name__, _error, _PACKAGES) from _error
+
+__all__ = ["AsyncSqlBlobStore", "SqlBlobStore", "connect", "connect_async"]
+
+T = TypeVar("T")
+
+_DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
+_LONGEST_KEY = 1024  # bytes: MariaDB would cut a longer one silently where it is not strict
+_PAGE = 1000
+
+
+class _Key(TypeDecorator[str]):
+    """Text that is compared byte by byte: neither case nor spaces at the end make two keys one."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Any) -> Any:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(Text(collation="C"))
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(Text())
+        return dialect.type_descriptor(mysql.VARBINARY(_LONGEST_KEY))
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> Any:
+        return value.encode() if value is not None and _is_binary(dialect) else value
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        return value.decode("utf-8", "replace") if _is_binary(dialect) else value
+
+
+def _is_binary(dialect: Any) -> bool:
+    return dialect.name in ("mysql", "mariadb")
+
+
+def _table(name: str) -> Table:
+    text = Text().with_variant(mysql.LONGTEXT(charset="utf8mb4"), "mysql", "mariadb")
+    return Table(
+        name,
+        MetaData(),
+        Column("key", _Key(), primary_key=True),
+        Column("value", text, nullable=False),
+        Column("etag", String(32), nullable=False),
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+    )
+
+
+class SqlBlobStore:
+    """A conditional store in one table, over the SQLAlchemy `Engine` that it is given.
+
+    Make the table with `create_table()`, or by a migration with the statement `ddl`. `table` is its
+    name.
+
+    Each call takes a connection from the engine's pool, autocommits one statement, whatever
+    isolation level the engine has, and gives it back. An engine whose pool hands the same
+    connection to everybody, as for SQLite in memory, is refused: a transaction of yours would
+    be committed. A request that had no answer is sent again, three times at most; then what
+    SQLAlchemy raises reaches the caller.
+
+    Safe from any thread. In a child after fork the engine's pool is dropped before the first call,
+    without closing the parent's connections.
+    """
+
+    def __init__(self, engine: Engine, *, table: str = "joblock") -> None:
+        self._rows = _Rows(engine, table, _RETRY)
+
+    def __repr__(self) -> str:
+        return f"SqlBlobStore({self._rows!r})"
+
+    @property
+    def ddl(self) -> str:
+        """The statement that creates the table, for a migration (Alembic, Django's `RunSQL`)."""
+        return self._rows.ddl
+
+    def create_table(self) -> None:
+        """Create the table, if it is not there."""
+        self._rows.create_table()
+
+    def get(self, key: str) -> bytes | None:
+        """Return the value, or None if there is no such key."""
+        return self._rows.get(key)
+
+    def set(self, key: str, value: str) -> None:
+        """Write the value, whatever was there."""
+        self._rows.set(key, value)
+
+    def delete(self, key: str) -> None:
+        """Remove the key, if it is there."""
+        self._rows.delete(key)
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        """Return the value and its etag, or None if there is no such key."""
+        return self._rows.get_with_etag(key)
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if the key exists."""
+        return self._rows.set_if_new(key, value)
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        """Write and return the new etag; None, and nothing written, if `etag` is not current."""
+        return self._rows.set_if_match(key, value, etag)
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
+        return self._rows.delete_if_match(key, etag)
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin so, in the order of their bytes."""
+        after = ""
+        while page := self._rows.page(prefix, after):
+            yield from page
+            after = page[-1]
+
+
+class AsyncSqlBlobStore:
+    """As `SqlBlobStore`, over an `AsyncEngine`, for `joblock.aio` under asyncio."""
+
+    def __init__(self, engine: AsyncEngine, *, table: str = "joblock") -> None:
+        retry = Retry(_unanswered, _RETRY.pauses_s, lambda s: await_only(asyncio.sleep(s)))
+        self._rows = _Rows(engine.sync_engine, table, retry)
+
+    def __repr__(self) -> str:
+        return f"AsyncSqlBlobStore({self._rows!r})"
+
+    @property
+    def ddl(self) -> str:
+        """As `SqlBlobStore.ddl`."""
+        return self._rows.ddl
+
+    async def create_table(self) -> None:
+        """As `SqlBlobStore.create_table`."""
+        await greenlet_spawn(self._rows.create_table)
+
+    async def get(self, key: str) -> bytes | None:
+        """As `SqlBlobStore.get`."""
+        return await greenlet_spawn(self._rows.get, key)
+
+    async def set(self, key: str, value: str) -> None:
+        """As `SqlBlobStore.set`."""
+        await greenlet_spawn(self._rows.set, key, value)
+
+    async def delete(self, key: str) -> None:
+        """As `SqlBlobStore.delete`."""
+        await greenlet_spawn(self._rows.delete, key)
+
+    async def get_with_etag(self, key: str) -> Blob | None:
+        """As `SqlBlobStore.get_with_etag`."""
+        return await greenlet_spawn(self._rows.get_with_etag, key)
+
+    async def set_if_new(self, key: str, value: str) -> str | None:
+        """As `SqlBlobStore.set_if_new`."""
+        return await greenlet_spawn(self._rows.set_if_new, key, value)
+
+    async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        """As `SqlBlobStore.set_if_match`."""
+        return await greenlet_spawn(self._rows.set_if_match, key, value, etag)
+
+    async def delete_if_match(self, key: str, etag: str) -> bool:
+        """As `SqlBlobStore.delete_if_match`."""
+        return await greenlet_spawn(self._rows.delete_if_match, key, etag)
+
+    async def list_keys(self, prefix: str) -> AsyncIterator[str]:
+        """As `SqlBlobStore.list_keys`."""
+        after = ""
+        while page := await greenlet_spawn(self._rows.page, prefix, after):
+            for key in page:
+                yield key
+            after = page[-1]
+
+
+class _Rows:
+    """The statements. SQLAlchemy runs the same code for both kinds of engine."""
+
+    def __init__(self, engine: Engine, table: str, retry: Retry) -> None:
+        name = engine.dialect.name
+        if name not in _DIALECTS:
+            raise ValueError(f"the database must be one of {', '.join(_DIALECTS)}, not {name}")
+        if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
+            raise ValueError("the engine's pool has one connection for all: give it another")
+        self._url = engine.url.render_as_string(hide_password=True)
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._table = _table(table)
+        self._retry = retry
+        self._pool = Pool(lambda: _Dropped(engine))
+
+    def __repr__(self) -> str:
+        return f"{self._url!r}, table={self._table.name!r}"
+
+    @property
+    def ddl(self) -> str:
+        create = CreateTable(self._table, if_not_exists=True)
+        return str(create.compile(dialect=self._engine.dialect)).strip()
+
+    def create_table(self) -> None:
+        self._execute(CreateTable(self._table, if_not_exists=True))
+
+    def get(self, key: str) -> bytes | None:
+        blob = self.get_with_etag(key)
+        return None if blob is None else _bytes(blob.value)
+
+    def set(self, key: str, value: str) -> None:
+        while not (self._update(key, value) or self.set_if_new(key, value)):
+            pass
+
+    def delete(self, key: str) -> None:
+        self._retry.ask(partial(self._changed, delete(self._table).where(self._is(key))))
+
+    def get_with_etag(self, key: str) -> Blob | None:
+        table = self._table
+        rows = self._ask(select(table.c.value, table.c.etag).where(self._is(key)))
+        return Blob(rows[0][0].encode(), rows[0][1]) if rows else None
+
+    def set_if_new(self, key: str, value: str) -> str | None:
+        etag = _new_etag()
+        row = {"key": _checked(key), "value": value, "etag": etag}
+        if self._engine.dialect.name in ("postgresql", "sqlite"):
+            # An insert that fails is an error in PostgreSQL's log, and its rowcount is not told.
+            made = _INSERTS[self._engine.dialect.name](self._table).values(row)
+            statement = made.on_conflict_do_nothing().returning(self._table.c.etag)
+            return self._write(lambda: bool(self._execute(statement)), key, value, etag)
+        return self._write(partial(self._inserted, row), key, value, etag)
+
+    def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        return self._update(key, value, self._table.c.etag == etag) if _is_ours(etag) else None
+
+    def delete_if_match(self, key: str, etag: str) -> bool:
+        if not _is_ours(etag):
+            return False
+        current = self._table.c.etag == etag
+        statement = delete(self._table).where(self._is(key), current)
+        return self._retry.delete(
+            partial(self._changed, statement), partial(self.get_with_etag, key)
+        )
+
+    def page(self, prefix: str, after: str) -> list[str]:
+        """The next keys that begin so: no pattern, since LIKE has its own view of case."""
+        key = self._table.c.key
+        begins = (key >= prefix, key < f"{prefix}\U0010ffff", key > after)
+        rows = self._ask(select(key).where(*begins).order_by(key).limit(_PAGE))
+        return [row[0] for row in rows]
+
+    def _update(self, key: str, value: str, *conditions: Any) -> str | None:
+        etag = _new_etag()
+        values = {"value": value, "etag": etag}
+        statement = update(self._table).where(self._is(key), *conditions).values(values)
+        return self._write(partial(self._changed, statement), key, value, etag)
+
+    def _write(self, wrote: Callable[[], bool], key: str, value: str, etag: str) -> str | None:
+        def send() -> str | None:
+            return etag if wrote() else None
+
+        return self._retry.write(send, partial(self.get_with_etag, key), value)
+
+    def _is(self, key: str) -> Any:
+        return self._table.c.key == _checked(key)
+
+    def _ask(self, statement: Executable) -> list[Any]:
+        return self._retry.ask(partial(self._execute, statement))[0] or []
+
+    def _execute(self, statement: Executable) -> list[Any]:
+        self._pool.check()
+        with self._engine.connect() as connection:
+            result = connection.execute(statement)
+            return list(result) if result.returns_rows else []
+
+    def _changed(self, statement: Executable) -> bool:
+        self._pool.check()
+        with self._engine.connect() as connection:
+            changed: int = connection.execute(statement).rowcount
+            return changed > 0
+
+    def _inserted(self, row: dict[str, str]) -> bool:
+        try:
+            return self._changed(insert(self._table).values(row))
+        except IntegrityError:  # the key is there
+            return False
+
+
+_INSERTS: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
+
+
+class _Dropped:
+    """What `Pool` closes in a forked child: the engine forgets its parent's connections."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def close(self) -> None:
+        self._engine.dispose(close=False)
+
+
+def connect(url: str) -> SqlBlobStore:
+    """Return the store of the database at this SQLAlchemy URL; the table must be there."""
+    return SqlBlobStore(_engine(create_engine, url))
+
+
+def connect_async(url: str) -> AsyncSqlBlobStore:
+    """As `connect`, for `joblock.aio`, with an async driver."""
+    return AsyncSqlBlobStore(_engine(create_async_engine, url))
+
+
+# Time-outs, and no prepared statements, which PgBouncer gives to another client's connection.
+_CONNECT_ARGS: dict[str, dict[str, Any]] = {
+    "psycopg": {"connect_timeout": round(CONNECT_TIMEOUT_S), "prepare_threshold": None},
+    "asyncpg": {
+        "timeout": CONNECT_TIMEOUT_S,
+        "command_timeout": READ_TIMEOUT_S,
+        "statement_cache_size": 0,
+        "prepared_statement_cache_size": 0,
+    },
+    "pymysql": {
+        "connect_timeout": round(CONNECT_TIMEOUT_S),
+        "read_timeout": round(READ_TIMEOUT_S),
+        "write_timeout": round(READ_TIMEOUT_S),
+    },
+    "asyncmy": {"connect_timeout": round(CONNECT_TIMEOUT_S)},
+}
+
+
+def _engine(make: Callable[..., T], url: str) -> T:
+    parsed = make_url(url)
+    try:
+        driver = parsed.get_driver_name()
+        return make(parsed, connect_args=_CONNECT_ARGS.get(driver, {}))
+    except NoSuchModuleError as error:
+        raise ValueError(f"SQLAlchemy knows no {parsed.drivername!r}") from error
+    except ModuleNotFoundError as error:
+        raise missing(__name__, error, str(error.name)) from error
+
+
+def _checked(key: str) -> str:
+    if len(key.encode()) > _LONGEST_KEY:
+        raise ValueError(f"a key must be at most {_LONGEST_KEY} bytes, not {len(key.encode())}")
+    return key
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _new_etag() -> str:
+    return os.urandom(16).hex()
+
+
+def _is_ours(etag: str) -> bool:
+    """No other text is compared: databases have their own view of spaces and of character sets."""
+    return re.fullmatch("[0-9a-f]{32}", etag) is not None
+
+
+# What PostgreSQL (by SQLSTATE) and MariaDB (by number) say of a statement that they gave up for
+# another one's sake: it has done nothing, and may be sent again.
+_GIVEN_UP = {"40001", "40P01", 1205, 1213, 1020}
+
+
+def _unanswered(error: Exception) -> bool:
+    if isinstance(error, DBAPIError):
+        said: Any = error.orig
+        code = getattr(said, "sqlstate", None) or next(iter(getattr(said, "args", ())), None)
+        broken = isinstance(error, (OperationalError, InterfaceError))
+        return broken or error.connection_invalidated or code in _GIVEN_UP
+    return isinstance(error, (OSError, TimeoutError))
+
+
+_RETRY = Retry(_unanswered)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the statement that creates the table in the database of a URL."""
+    if len(arguments) != 1:
+        print("usage: python -m joblock.stores.sql URL", file=sys.stderr)  # noqa: T201
+        return 64
+    print(connect(arguments[0]).ddl + ";")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
