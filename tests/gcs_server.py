@@ -80,6 +80,8 @@ class Storage:
                 _check_parameters(call, "fields", "projection")
                 self._bucket(bucket)
                 return _json({"kind": "storage#bucket", "id": bucket, "name": bucket})
+            case "GET", ["storage", "v1", "b", bucket, "o"]:
+                return self._list(bucket, call)
             case "POST", ["upload", "storage", "v1", "b", bucket, "o"]:
                 return self._upload(bucket, call)
             case "GET", ["download", "storage", "v1", "b", bucket, "o", key]:
@@ -99,6 +101,16 @@ class Storage:
             raise ApiError(409, "conflict", "Your previous request to create it succeeded.")
         self.buckets[name] = {}
         return _json({"kind": "storage#bucket", "id": name, "name": name})
+
+    def _list(self, bucket: str, call: Call) -> Reply:
+        """A page of less than was asked for, as Google's may be."""
+        _check_parameters(call, "prefix", "pageToken", "maxResults", projection="noAcl")
+        after, prefix = call.parameters.get("pageToken", ""), call.parameters.get("prefix", "")
+        keys = [key for key in sorted(self._bucket(bucket)) if key.startswith(prefix)]
+        left = [key for key in keys if key > after]
+        items = [self._bucket(bucket)[key].resource for key in left[:7]]
+        more = {"nextPageToken": left[6]} if len(left) > 7 else {}
+        return _json({"kind": "storage#objects", "items": items} | more)
 
     def _upload(self, bucket: str, call: Call) -> Reply:
         _check_parameters(call, "ifGenerationMatch", uploadType="multipart")

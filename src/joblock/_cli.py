@@ -8,10 +8,9 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 from . import (
@@ -42,7 +41,6 @@ from ._store import BlobStore
 from .conformance import check_store
 from .stores import open_store
 from .stores.memory import MemoryBlobStore
-from .stores.sqlite import SqliteBlobStore
 
 # Exit statuses: peek's own, and those of sysexits.h.
 LIVE, NO_LOCK, EXPIRED = 0, 1, 2
@@ -405,30 +403,10 @@ def _open_shared(url: str | None) -> BlobStore:
 
 
 def _open(url: str | None) -> BlobStore:
-    given_by = "--store"
-    if url is None:
-        given_by, url = "JOBLOCK_STORE", os.environ.get("JOBLOCK_STORE")
     try:
-        if url is not None:
-            return open_store(url)
-        folder = _state_folder(sys.platform, os.environ)
+        return open_store(url)
     except (ValueError, ImportError) as error:
+        given_by = "JOBLOCK_STORE" if url is None else "--store"
         raise CommandError(USAGE, f"{given_by}: {error} (see joblock --help)") from error
     except RuntimeError as error:
         raise CommandError(USAGE, f"{error} Name a store with --store.") from error
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return SqliteBlobStore(folder / "jobs.db")
-
-
-def _state_folder(platform: str, environ: Mapping[str, str]) -> Path:
-    """Return where programs keep such files on this platform; RuntimeError if there is no home."""
-    if platform == "win32":
-        local = environ.get("LOCALAPPDATA", "")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "joblock"
-    state = Path(environ.get("XDG_STATE_HOME", ""))
-    if platform != "darwin" and state.is_absolute():
-        return state / "joblock"
-    if not Path(environ.get("HOME", "/")).is_absolute():  # Path.home() takes "" for /
-        raise RuntimeError("Could not determine home directory.")
-    place = ("Library", "Application Support") if platform == "darwin" else (".local", "state")
-    return Path.home().joinpath(*place, "joblock")

@@ -10,14 +10,24 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
+import itertools
 import os
+import re
 import uuid
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+)
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from types import MethodType, TracebackType
+from types import MethodType, SimpleNamespace, TracebackType
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from . import _protocol
@@ -40,15 +50,22 @@ from ._store import (
     is_conditional,
     require,
 )
+from .conformance import Finding
+from .conformance import check_store as _check_store
+from .stores import open_store as _open_store
+from .stores.memory import AsyncMemoryBlobStore
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Async: TypeAlias = Callable[_P, Coroutine[Any, Any, _T]]
 
 __all__ = [
+    "AsyncMemoryBlobStore",
     "ThreadedBlobStore",
     "acquire_job_lock",
+    "check_store",
     "hold_job_lock",
+    "open_store",
     "peek_job_lock",
     "release_job_lock",
     "renew_job_lock",
@@ -280,6 +297,47 @@ def resume_job_lock(
     )
 
 
+def open_store(url: str | None = None) -> AsyncBlobStore:
+    """Return the async store that `url` names, as `joblock.stores.open_store` does.
+
+    That is an `AsyncRedisBlobStore` for `redis:` and `rediss:`, an `AsyncSqlBlobStore` for a
+    database whose driver is async, an `AsyncMemoryBlobStore` for `memory:`, and else a
+    `ThreadedBlobStore`. All but the last of these named are for asyncio.
+    """
+    url = os.environ.get("JOBLOCK_STORE") if url is None else url
+    native: AsyncBlobStore | None = None
+    if url == "memory:":
+        native = AsyncMemoryBlobStore()
+    elif url is not None and re.match("rediss?:", url):
+        from .stores.redis import connect_async as connect_redis
+
+        native = connect_redis(url)
+    elif url is not None and re.match("[a-z]+[+]", url):
+        from .stores.sql import connect_async as connect_sql
+
+        native = connect_sql(url)
+    return native or ThreadedBlobStore(_open_store(url))
+
+
+async def check_store(store: AsyncBlobStore, *, timeout_s: float = 120) -> list[Finding]:
+    """As `joblock.conformance.check_store`, of an async store, under asyncio.
+
+    A call that is cancelled goes on in a thread until its check under way has ended.
+    """
+    loop = asyncio.get_running_loop()
+
+    def calling(method: Callable[..., Coroutine[Any, Any, object]]) -> Callable[..., object]:
+        return lambda *args: asyncio.run_coroutine_threadsafe(method(*args), loop).result()
+
+    _require_async(store, _EVERY_STORE)
+    methods = {name: calling(getattr(store, name)) for name in _methods(store, _EVERY_STORE)}
+    called: Any = SimpleNamespace(**methods)
+    return await asyncio.to_thread(_check_store, called, timeout_s=timeout_s)
+
+
+_EVERY_STORE = ("get", "set", "delete")
+
+
 def _begun(
     store: AsyncBlobStore,
     needed: tuple[str, ...],
@@ -490,7 +548,7 @@ class ThreadedBlobStore:
     """
 
     def __init__(self, store: BlobStore, *, executor: Executor | None = None) -> None:
-        methods = _methods(store, ("get", "set", "delete"))
+        methods = _methods(store, _EVERY_STORE)
         if any(inspect.iscoroutinefunction(getattr(store, name)) for name in methods):
             raise WrongStoreError(f"{type(store).__name__} is async already: use it as it is")
         self._store = store
@@ -505,6 +563,9 @@ class ThreadedBlobStore:
                 store.set_if_match
             )
             self.delete_if_match: _Async[[str, str], bool] = threads.calling(store.delete_if_match)
+        listing: Callable[[str], Iterable[str]] | None = getattr(store, "list_keys", None)
+        if listing is not None:
+            self.list_keys: Callable[[str], AsyncIterator[str]] = threads.iterating(listing)
 
     def __repr__(self) -> str:
         return f"ThreadedBlobStore({self._store!r})"
@@ -543,6 +604,15 @@ class _Threads:
             return blocking(await self.begin(partial(method, *args, **kwargs)))
 
         return call
+
+    def iterating(self, method: Callable[_P, Iterable[_T]]) -> Callable[_P, AsyncGenerator[_T]]:
+        async def iterate(*args: _P.args, **kwargs: _P.kwargs) -> AsyncGenerator[_T]:
+            items = iter(await self.begin(partial(method, *args, **kwargs)))
+            while batch := await self.begin(lambda: list(itertools.islice(items, 1000))):
+                for item in batch:
+                    yield item
+
+        return iterate
 
     def close(self) -> None:
         own, self._own = self._own, None

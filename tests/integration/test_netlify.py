@@ -415,6 +415,20 @@ def test_a_listing_that_is_none(edge: Edge, listing: bytes) -> None:
         store.get_with_etag(KEY)
 
 
+def test_keys_over_pages(edge: Edge) -> None:
+    """Netlify names them as they stand in a URL, and says where the next page begins."""
+    keys = ["a%25b/1", "a%25b/%C3%A9"]
+    pages = [{"blobs": [{"key": key, "etag": '"1"'}]} for key in keys]
+    edge.says(200, json.dumps({**pages[0], "next_cursor": "c/2"}).encode())
+    edge.says(503)
+    edge.says(200, json.dumps(pages[1]).encode())
+    with at_edge(edge) as store:
+        assert list(store.list_keys("a%b/")) == ["a%b/1", "a%b/é"]
+    first, *others = (path.partition("?")[2] for _, path, _, _ in edge.asked)
+    assert first == "prefix=a%2525b%2F"
+    assert others == ["prefix=a%2525b%2F&cursor=c%2F2"] * 2
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_listing_is_asked_for_again(edge: Edge, status: int) -> None:
     """As all else that Netlify does not answer."""

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import pytest
 
 import joblock
-from joblock import JobLockRecord, _child, _output, acquire_job_lock, peek_job_lock
+from joblock import JobLockRecord, _child, _output, acquire_job_lock, peek_job_lock, stores
 from joblock import _cli as cli
 from joblock._record import epoch_ms
 from joblock.stores.sqlite import SqliteBlobStore
@@ -755,7 +755,7 @@ class TestTheDefaultStore:
         monkeypatch.setenv("USERPROFILE", str(tmp_path))
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
         assert run("run", UID, VAULT, "--", "true") == (0, "", "")
-        folder = cli._state_folder(sys.platform, os.environ)
+        folder = stores._state_folder(sys.platform, os.environ)
         assert tmp_path in folder.parents
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         with SqliteBlobStore(folder / "jobs.db") as store:
@@ -777,7 +777,7 @@ class TestTheDefaultStore:
     def test_where(self, platform: str, environ: dict[str, str], expected: str) -> None:
         """Each platform's own place; a relative XDG_STATE_HOME counts as none."""
         expected = expected.replace("HOME", str(Path.home()), 1)
-        assert cli._state_folder(platform, environ) == Path(expected)
+        assert stores._state_folder(platform, environ) == Path(expected)
 
     @pytest.mark.parametrize("home", ["", "~", "relative"])
     def test_no_home(self, run: Run, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
@@ -791,7 +791,7 @@ class TestTheDefaultStore:
             "joblock: Could not determine home directory. Name a store with --store.\n",
         )
         with pytest.raises(RuntimeError):
-            cli._state_folder("darwin", {"HOME": home})
+            stores._state_folder("darwin", {"HOME": home})
 
 
 class TestHelp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 import re
@@ -16,7 +17,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from joblock import Blob, MemoryBlobStore
+from joblock import AsyncBlobStore, Blob, MemoryBlobStore, aio
 from joblock.aio import ThreadedBlobStore
 from joblock.conformance import _CONTENDERS, _RACES, Finding, _Probe, check_store
 from joblock.stores.sqlite import SqliteBlobStore
@@ -109,8 +110,7 @@ def test_the_sqlite_store_passes_every_check(tmp_path: Path) -> None:
     """Also under its races between threads."""
     with SqliteBlobStore(tmp_path / "jobs.db") as store:
         assert failing(check_store(store)) == {}
-        _, row = store._execute("SELECT count(*) FROM joblock")
-        assert row is not None and row[0] == 0
+        assert list(store.list_keys("")) == []
 
 
 def test_a_plain_store_is_told_that_it_cannot_exclude_two_winners() -> None:
@@ -642,3 +642,29 @@ def test_import_joblock_does_not_import_it() -> None:
         [sys.executable, "-c", code], capture_output=True, check=True, text=True
     )
     assert loaded.stdout.strip() == "[]"
+
+
+def test_an_async_store() -> None:
+    """By the same checks; its coroutines run where they are awaited."""
+
+    class Careless(aio.AsyncMemoryBlobStore):
+        async def delete_if_match(self, key: str, etag: str) -> bool:
+            assert asyncio.get_running_loop() is loop[0]
+            await self.delete(key)
+            return True
+
+    loop: list[asyncio.AbstractEventLoop] = []
+
+    async def checked(store: AsyncBlobStore) -> dict[str, bool]:
+        loop[:] = [asyncio.get_running_loop()]
+        return {it.check: it.ok for it in await aio.check_store(store)}
+
+    right = asyncio.run(checked(aio.AsyncMemoryBlobStore()))
+    assert all(right.values())
+    assert list(right) == [it.check for it in check_store(MemoryBlobStore())]
+    wrong = asyncio.run(checked(Careless()))
+    assert not wrong["stale-delete"]
+    plain = asyncio.run(checked(aio.ThreadedBlobStore(PlainStore())))
+    assert list(plain) == [it.check for it in check_store(PlainStore())]
+    with pytest.raises(TypeError, match="is not `async def`"):
+        asyncio.run(checked(MemoryBlobStore()))  # type: ignore[arg-type] # pyright: ignore

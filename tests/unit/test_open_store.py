@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from joblock import MemoryBlobStore
+from joblock import MemoryBlobStore, aio
 from joblock.stores import open_store
 from joblock.stores.sqlite import SqliteBlobStore
 
@@ -40,7 +40,8 @@ def test_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("jobs.db", "a store is sqlite:PATH"),
         ("AccountName=a;AccountKey=secret=;", "a store is sqlite:PATH"),
         ("AccountKey=secret;BlobEndpoint=https://x", "a store is sqlite:PATH"),
-        ("redis://user:secret@host", "there is no 'redis'"),
+        ("mongodb://user:secret@host", "there is no 'mongodb'"),
+        ("postgresql://user:secret@host", "there is no 'postgresql'"),
         ("5ec2e7", "or memory:$"),
         ("memory:x", "memory: has no more to it"),
         ("sqlite:", "path must name a file"),
@@ -176,6 +177,8 @@ def test_a_python_without_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
         ("s3", "botocore.config", "boto3"),
         ("azure", "azure.core", "azure-storage-blob azure-identity"),
         ("gcs", "requests", "google-cloud-storage"),
+        ("redis", "redis.asyncio", "redis"),
+        ("sql", "sqlalchemy", '"sqlalchemy>=2" greenlet, and a driver.*'),
     ],
 )
 def test_a_store_module_without_its_sdk(
@@ -196,3 +199,62 @@ def test_azure_without_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "azure.identity", None)
     with pytest.raises(ImportError, match="azure.identity is missing: python -m pip install azure"):
         open_store("azure://jobs")
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:other.db"])
+def test_without_a_url(url: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line's: what the environment names, else a file of this user's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("JOBLOCK_STORE", raising=False)
+    if url is not None:
+        monkeypatch.setenv("JOBLOCK_STORE", url)
+    file = tmp_path / ("joblock/jobs.db" if url is None else "other.db")
+    blocking: Any = open_store()
+    threaded: Any = aio.open_store()
+    for store in (blocking, threaded._store):
+        assert repr(store) == f"SqliteBlobStore({str(file)!r})"
+        store.close()
+    assert file.exists()
+
+
+def test_async_stores(tmp_path: Path) -> None:
+    """The native one where there is one, else threads around the blocking one."""
+    assert isinstance(aio.open_store("memory:"), aio.AsyncMemoryBlobStore)
+    threaded: Any = aio.open_store(f"sqlite:{tmp_path}/jobs.db")
+    assert repr(threaded).startswith("ThreadedBlobStore(SqliteBlobStore(")
+    threaded._store.close()
+    with pytest.raises(ValueError, match="there is no 'mongodb'"):
+        aio.open_store("mongodb://host")
+
+
+def test_async_redis() -> None:
+    """Nothing is asked of the server yet."""
+    pytest.importorskip("redis")
+    assert repr(aio.open_store("redis://127.0.0.1:1/0")) == "AsyncRedisBlobStore(prefix='')"
+
+
+def test_databases() -> None:
+    """Sync and async by the driver; no password is shown; an unknown driver says what to do."""
+    pytest.importorskip("psycopg")
+    pytest.importorskip("asyncpg")
+    pytest.importorskip("pymysql")
+    at = "joblock:hush@127.0.0.1/jobs"
+    shown = "'postgresql+{}://joblock:***@127.0.0.1/jobs', table='joblock')"
+    sync, native = open_store(f"postgresql+psycopg://{at}"), aio.open_store
+    assert repr(sync) == f"SqlBlobStore({shown.format('psycopg')}"
+    for driver in ("psycopg", "asyncpg"):
+        named = repr(native(f"postgresql+{driver}://{at}"))
+        assert named == f"AsyncSqlBlobStore({shown.format(driver)}"
+    assert repr(native(f"mysql+pymysql://{at}")).startswith("ThreadedBlobStore(SqlBlobStore('mysql")
+    for url, problem in {
+        f"postgresql+asyncpg://{at}": "asyncpg is async: use AsyncSqlBlobStore",
+        f"postgresql+nothing://{at}": "SQLAlchemy knows no 'postgresql.nothing'",
+        "postgresql+psycopg://joblock:hush@127.0.0.1:port/jobs": "SQLAlchemy takes no such URL",
+    }.items():
+        with pytest.raises(ValueError, match=problem) as raised:
+            open_store(url)
+        assert "hush" not in str(raised.value)
+    with pytest.raises(ImportError, match="is missing: python -m pip install"):
+        open_store(f"mysql+cymysql://{at}")

@@ -329,3 +329,18 @@ class TestACancelledAcquire:
             assert list(slow) == []
 
         asyncio.run(main())
+
+
+def test_lists_keys_where_its_store_does() -> None:
+    """A thousand at a time, each in a thread."""
+    store = MemoryBlobStore()
+    expected = [f"a/{number}" for number in range(2500)]
+    for key in [*expected, "b"]:
+        store.set(key, "{}")
+
+    async def listed() -> list[str]:
+        threaded = aio.ThreadedBlobStore(store)
+        return [key async for key in threaded.list_keys("a/")]
+
+    assert asyncio.run(listed()) == expected
+    assert not hasattr(aio.ThreadedBlobStore(PlainStore()), "list_keys")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from .._store import ConditionalBlobStore
 
 __all__ = ["open_store"]
@@ -16,7 +21,7 @@ _URLS = (
 )
 
 
-def open_store(url: str) -> ConditionalBlobStore:
+def open_store(url: str | None = None) -> ConditionalBlobStore:
     """Return the store that `url` names, with the credentials that its SDK finds by itself.
 
     - `sqlite:jobs.db` or `sqlite:/var/lib/app/jobs.db`: `SqliteBlobStore`.
@@ -32,14 +37,22 @@ def open_store(url: str) -> ConditionalBlobStore:
       and `NETLIFY_AUTH_TOKEN`.
     - `memory:`: a new, empty `MemoryBlobStore`.
 
+    Without a URL, the environment's `JOBLOCK_STORE` is it; else it is the SQLite file `jobs.db` of
+    this user, in the folder where programs keep their state, as for the command `joblock`.
+
     A prefix stands before each key with a slash in between. A path has no `?` and no two slashes
     in front.
 
     Raises:
         ValueError: the URL is none of these, or the environment lacks what it needs.
+        RuntimeError: without a URL, this user has no home.
         ImportError: the SDK is not installed; the text has the command that installs it.
         Exception: what the SDK, or SQLite, raised.
     """
+    if url is None:
+        url = os.environ.get("JOBLOCK_STORE")
+        if url is None:
+            return _default_store()
     scheme, colon, rest = url.partition(":")
     match scheme:
         case "memory":
@@ -86,6 +99,30 @@ def open_store(url: str) -> ConditionalBlobStore:
             named = colon and re.fullmatch("[a-z0-9+]+", scheme)
             given = f"; there is no {scheme!r}" if named else ""
             raise ValueError(f"a store is {_URLS}{given}")
+
+
+def _default_store() -> ConditionalBlobStore:
+    from .sqlite import SqliteBlobStore
+
+    folder = _state_folder(sys.platform, os.environ)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return SqliteBlobStore(folder / "jobs.db")
+
+
+def _state_folder(platform: str, environ: Mapping[str, str]) -> Path:
+    """Return where programs keep such files on this platform; RuntimeError if there is no home."""
+    from pathlib import Path
+
+    if platform == "win32":
+        local = environ.get("LOCALAPPDATA", "")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "joblock"
+    state = Path(environ.get("XDG_STATE_HOME", ""))
+    if platform != "darwin" and state.is_absolute():
+        return state / "joblock"
+    if not Path(environ.get("HOME", "/")).is_absolute():  # Path.home() takes "" for /
+        raise RuntimeError("Could not determine home directory.")
+    place = ("Library", "Application Support") if platform == "darwin" else (".local", "state")
+    return Path.home().joinpath(*place, "joblock")
 
 
 def _place(rest: str) -> tuple[str, str]:

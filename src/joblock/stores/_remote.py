@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from .._store import Blob
@@ -101,6 +102,16 @@ class Retry:
             except Exception as error:
                 pause_s = self._pause_s(error, pauses)
             await sleep(pause_s)
+
+    def pages(self, send: Callable[[str | None], tuple[list[str], str | None]]) -> Iterator[str]:
+        """Yield what the pages have; `send` gets a page's token and returns the next one's, too."""
+        token: str | None = None
+        while True:
+            answer, _ = self.ask(partial(send, token))
+            keys, token = answer or ([], None)
+            yield from keys
+            if not token:
+                return
 
     def _pause_s(self, error: Exception, pauses: Iterator[float]) -> float:
         """How long to wait before the next request; raise the error if there is to be none."""

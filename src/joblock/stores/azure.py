@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -107,6 +108,20 @@ class AzureBlobStore:
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
         return is_etag(etag) and self._delete(key, **_if_match(etag))
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin so, in order; the client needs to list blobs, too."""
+
+        def send(token: str | None) -> tuple[list[str], str | None]:
+            self._pool.check()
+            names = self._container.list_blob_names(
+                name_starts_with=self._prefix + prefix, results_per_page=1000, **_REQUEST
+            )
+            pages: Any = names.by_page(token)
+            keys = [name.removeprefix(self._prefix) for name in next(pages)]
+            return keys, pages.continuation_token
+
+        return _RETRY.pages(send)
 
     def _write(self, key: str, value: str, **condition: Any) -> str | None:
         blob = self._blob(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import re
+from collections.abc import Iterator
 from functools import partial
 from hashlib import md5
 from typing import Any
@@ -88,6 +89,19 @@ class GcsBlobStore:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
         generation = _generation(etag)
         return generation is not None and self._delete(key, generation)
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin so, in order; it needs `storage.objects.list`, too."""
+
+        def send(token: str | None) -> tuple[list[str], str | None]:
+            self._pool.check()
+            listing = self._bucket.list_blobs(
+                prefix=self._prefix + prefix, page_token=token, page_size=1000, **_REQUEST
+            )
+            page = next(listing.pages)
+            return [blob.name.removeprefix(self._prefix) for blob in page], listing.next_page_token
+
+        return _RETRY.pages(send)
 
     def _write(self, key: str, value: str, generation: int | None) -> str | None:
         def send() -> str | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Literal
 
 from .._store import Blob
 
-__all__ = ["MemoryBlobStore"]
+__all__ = ["AsyncMemoryBlobStore", "MemoryBlobStore"]
 
 
 class MemoryBlobStore:
@@ -76,6 +76,10 @@ class MemoryBlobStore:
             del self._blobs[key]
             return True
 
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin so, of those that are there at the first of them."""
+        return (key for key in self if key.startswith(prefix))
+
     def _is_current(self, key: str, etag: str) -> bool:
         blob = self._blobs.get(key)
         return blob is not None and blob[1] == etag
@@ -84,3 +88,55 @@ class MemoryBlobStore:
         etag = str(next(self._etags))
         self._blobs[key] = (value, etag)
         return etag
+
+
+class AsyncMemoryBlobStore:
+    """As `MemoryBlobStore`, for `joblock.aio`, under any event loop. No call ever waits."""
+
+    def __init__(self) -> None:
+        self._store = MemoryBlobStore()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __bool__(self) -> Literal[True]:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store)
+
+    def __repr__(self) -> str:
+        return f"Async{self._store!r}"
+
+    async def get(self, key: str) -> str | None:
+        """As `MemoryBlobStore.get`."""
+        return self._store.get(key)
+
+    async def set(self, key: str, value: str) -> None:
+        """As `MemoryBlobStore.set`."""
+        self._store.set(key, value)
+
+    async def delete(self, key: str) -> None:
+        """As `MemoryBlobStore.delete`."""
+        self._store.delete(key)
+
+    async def get_with_etag(self, key: str) -> Blob | None:
+        """As `MemoryBlobStore.get_with_etag`."""
+        return self._store.get_with_etag(key)
+
+    async def set_if_new(self, key: str, value: str) -> str | None:
+        """As `MemoryBlobStore.set_if_new`."""
+        return self._store.set_if_new(key, value)
+
+    async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+        """As `MemoryBlobStore.set_if_match`."""
+        return self._store.set_if_match(key, value, etag)
+
+    async def delete_if_match(self, key: str, etag: str) -> bool:
+        """As `MemoryBlobStore.delete_if_match`."""
+        return self._store.delete_if_match(key, etag)
+
+    async def list_keys(self, prefix: str) -> AsyncIterator[str]:
+        """As `MemoryBlobStore.list_keys`."""
+        for key in self._store.list_keys(prefix):
+            yield key

@@ -7,10 +7,11 @@ import http.client
 import json
 import os
 import re
+from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
 from typing import Self
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from .._store import TOMBSTONE, Blob
 from ._http import Answer, Connections
@@ -158,6 +159,15 @@ class NetlifyBlobStore:
         """Write `null` and return True; False, and nothing written, if `etag` is not current."""
         return self.set_if_match(key, TOMBSTONE, etag) is not None
 
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin so, those that were released too: `null` is left there."""
+
+        def send(cursor: str | None) -> tuple[list[str], str | None]:
+            blobs, cursor = self._listing(prefix, cursor)
+            return [unquote(blob["key"]) for blob in blobs], cursor
+
+        return _RETRY.pages(send)
+
     def _read(self, key: str) -> Answer | None:
         answer, _ = _RETRY.ask(partial(self._request, "GET", key, (404,)))
         if answer is None or answer.status == 404:
@@ -186,17 +196,22 @@ class NetlifyBlobStore:
 
     def _listed_etag(self, key: str) -> str | None:
         name = quote(key, _SAFE)  # as it is in the URL: the local server alone has no ETag
-        query = urlencode({"prefix": name})
 
         def send() -> str | None:
-            listing = self._send("GET", f"{self._url}?{query}", (), self._bearer)
-            try:
-                blobs = json.loads(listing.body)["blobs"]
-                return next((blob["etag"] for blob in blobs if blob["key"] == name), None)
-            except (ValueError, KeyError, TypeError):
-                raise NetlifyBlobsError(listing.status, "Netlify gave no usable listing") from None
+            blobs, _ = self._listing(key, None)
+            return next((blob["etag"] for blob in blobs if blob["key"] == name), None)
 
         return _RETRY.ask(send)[0]
+
+    def _listing(self, prefix: str, cursor: str | None) -> tuple[list[dict[str, str]], str | None]:
+        query = {"prefix": quote(prefix, _SAFE)} | ({} if cursor is None else {"cursor": cursor})
+        answer = self._send("GET", f"{self._url}?{urlencode(query)}", (), self._bearer)
+        try:
+            listing = json.loads(answer.body)
+            blobs = [{"key": blob["key"], "etag": blob["etag"]} for blob in listing["blobs"]]
+            return blobs, listing.get("next_cursor")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise NetlifyBlobsError(answer.status, "Netlify gave no usable listing") from None
 
     def _request(
         self,

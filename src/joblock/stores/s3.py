@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -128,6 +129,22 @@ class S3BlobStore:
             return True
 
         return _RETRY.delete(send, partial(self.get_with_etag, key))
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin so, in order; it needs the permission `s3:ListBucket`."""
+
+        def send(token: str | None) -> tuple[list[str], str | None]:
+            place = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+            place |= {} if token is None else {"ContinuationToken": token}
+            self._pool.check()
+            response = self._client.list_objects_v2(**place)
+            if "IsTruncated" not in response:
+                raise CutReplyError("a listing that does not say whether it is whole")
+            names = [item["Key"] for item in response.get("Contents", [])]
+            keys = [name.removeprefix(self._prefix) for name in names]
+            return keys, response.get("NextContinuationToken")
+
+        return _RETRY.pages(send)
 
     def _write(self, key: str, value: str, **condition: str) -> str | None:
         def send() -> str | None:

@@ -43,6 +43,7 @@ try:
         DBAPIError,
         IntegrityError,
         InterfaceError,
+        InvalidRequestError,
         NoSuchModuleError,
         OperationalError,
     )
@@ -56,7 +57,7 @@ except ModuleNotFoundError as _error:
 
 __all__ = ["AsyncSqlBlobStore", "SqlBlobStore", "connect", "connect_async"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
 _LONGEST_KEY = 1024  # bytes: MariaDB would cut a longer one silently where it is not strict
@@ -104,7 +105,7 @@ class SqlBlobStore:
     """A conditional store in one table, over the SQLAlchemy `Engine` that it is given.
 
     Make the table with `create_table()`, or by a migration with the statement `ddl`. `table` is its
-    name.
+    name. `engine` is the engine, whose connections `engine.dispose()` closes.
 
     Each call takes a connection from the engine's pool, autocommits one statement, whatever
     isolation level the engine has, and gives it back. An engine whose pool hands the same
@@ -117,6 +118,9 @@ class SqlBlobStore:
     """
 
     def __init__(self, engine: Engine, *, table: str = "joblock") -> None:
+        self.engine = engine
+        if engine.dialect.is_async:
+            raise ValueError(f"{engine.dialect.driver} is async: use AsyncSqlBlobStore")
         self._rows = _Rows(engine, table, _RETRY)
 
     def __repr__(self) -> str:
@@ -131,7 +135,7 @@ class SqlBlobStore:
         """Create the table, if it is not there."""
         self._rows.create_table()
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> str | bytes | None:
         """Return the value, or None if there is no such key."""
         return self._rows.get(key)
 
@@ -171,6 +175,7 @@ class AsyncSqlBlobStore:
     """As `SqlBlobStore`, over an `AsyncEngine`, for `joblock.aio` under asyncio."""
 
     def __init__(self, engine: AsyncEngine, *, table: str = "joblock") -> None:
+        self.engine = engine
         retry = Retry(_unanswered, _RETRY.pauses_s, lambda s: await_only(asyncio.sleep(s)))
         self._rows = _Rows(engine.sync_engine, table, retry)
 
@@ -186,7 +191,7 @@ class AsyncSqlBlobStore:
         """As `SqlBlobStore.create_table`."""
         await greenlet_spawn(self._rows.create_table)
 
-    async def get(self, key: str) -> bytes | None:
+    async def get(self, key: str) -> str | bytes | None:
         """As `SqlBlobStore.get`."""
         return await greenlet_spawn(self._rows.get, key)
 
@@ -233,7 +238,10 @@ class _Rows:
         if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
             raise ValueError("the engine's pool has one connection for all: give it another")
         self._url = engine.url.render_as_string(hide_password=True)
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        # MariaDB's drivers would ask the server to switch to it and back, each time; and if it did
+        # not answer the second time, SQLAlchemy's pool would have lost the connection for good.
+        autocommit = {} if name in ("mysql", "mariadb") else {"isolation_level": "AUTOCOMMIT"}
+        self._engine = engine.execution_options(**autocommit)
         self._table = _table(table)
         self._retry = retry
         self._pool = Pool(lambda: _Dropped(engine))
@@ -249,9 +257,9 @@ class _Rows:
     def create_table(self) -> None:
         self._execute(CreateTable(self._table, if_not_exists=True))
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> str | bytes | None:
         blob = self.get_with_etag(key)
-        return None if blob is None else _bytes(blob.value)
+        return None if blob is None else blob.value
 
     def set(self, key: str, value: str) -> None:
         while not (self._update(key, value) or self.set_if_new(key, value)):
@@ -314,13 +322,13 @@ class _Rows:
 
     def _execute(self, statement: Executable) -> list[Any]:
         self._pool.check()
-        with self._engine.connect() as connection:
+        with self._engine.begin() as connection:
             result = connection.execute(statement)
             return list(result) if result.returns_rows else []
 
     def _changed(self, statement: Executable) -> bool:
         self._pool.check()
-        with self._engine.connect() as connection:
+        with self._engine.begin() as connection:
             changed: int = connection.execute(statement).rowcount
             return changed > 0
 
@@ -349,9 +357,12 @@ def connect(url: str) -> SqlBlobStore:
     return SqlBlobStore(_engine(create_engine, url))
 
 
-def connect_async(url: str) -> AsyncSqlBlobStore:
-    """As `connect`, for `joblock.aio`, with an async driver."""
-    return AsyncSqlBlobStore(_engine(create_async_engine, url))
+def connect_async(url: str) -> AsyncSqlBlobStore | None:
+    """As `connect`, for `joblock.aio`; None if the URL's driver is not async."""
+    try:
+        return AsyncSqlBlobStore(_engine(create_async_engine, url))
+    except InvalidRequestError:
+        return None
 
 
 # Time-outs, and no prepared statements, which PgBouncer gives to another client's connection.
@@ -372,8 +383,11 @@ _CONNECT_ARGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _engine(make: Callable[..., T], url: str) -> T:
-    parsed = make_url(url)
+def _engine(make: Callable[..., _T], url: str) -> _T:
+    try:
+        parsed = make_url(url)
+    except ValueError as error:
+        raise ValueError("SQLAlchemy takes no such URL") from error
     try:
         driver = parsed.get_driver_name()
         return make(parsed, connect_args=_CONNECT_ARGS.get(driver, {}))
@@ -387,10 +401,6 @@ def _checked(key: str) -> str:
     if len(key.encode()) > _LONGEST_KEY:
         raise ValueError(f"a key must be at most {_LONGEST_KEY} bytes, not {len(key.encode())}")
     return key
-
-
-def _bytes(value: str | bytes) -> bytes:
-    return value.encode() if isinstance(value, str) else value
 
 
 def _new_etag() -> str:
@@ -419,7 +429,7 @@ def _unanswered(error: Exception) -> bool:
 _RETRY = Retry(_unanswered)
 
 
-def main(arguments: list[str]) -> int:
+def _main(arguments: list[str]) -> int:
     """Print the statement that creates the table in the database of a URL."""
     if len(arguments) != 1:
         print("usage: python -m joblock.stores.sql URL", file=sys.stderr)  # noqa: T201
@@ -429,4 +439,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(_main(sys.argv[1:]))

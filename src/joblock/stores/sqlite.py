@@ -14,6 +14,7 @@ import sqlite3
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -94,8 +95,8 @@ class SqliteBlobStore:
 
     def get(self, key: str) -> str | bytes | None:
         """Return the value, or None if there is no such key."""
-        _, row = self._execute("SELECT value FROM joblock WHERE key = ?", key)
-        return None if row is None else _decode(row[0])
+        _, rows = self._execute("SELECT value FROM joblock WHERE key = ?", key)
+        return _decode(rows[0][0]) if rows else None
 
     def set(self, key: str, value: str) -> None:
         """Write the value, whatever was there."""
@@ -107,8 +108,8 @@ class SqliteBlobStore:
 
     def get_with_etag(self, key: str) -> Blob | None:
         """Return the value and its etag, or None if there is no such key."""
-        _, row = self._execute("SELECT value, etag FROM joblock WHERE key = ?", key)
-        return None if row is None else Blob(*map(_decode, row))
+        _, rows = self._execute("SELECT value, etag FROM joblock WHERE key = ?", key)
+        return Blob(*map(_decode, rows[0])) if rows else None
 
     def set_if_new(self, key: str, value: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if the key exists."""
@@ -135,7 +136,25 @@ class SqliteBlobStore:
         deleted, _ = self._execute("DELETE FROM joblock WHERE key = ? AND etag = ?", key, etag)
         return deleted == 1
 
-    def _execute(self, statement: str, *values: str) -> tuple[int, Any]:
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin so, in the order of their bytes, from one read per thousand."""
+        after = ""
+        while True:
+            # No pattern: LIKE takes `_` for any character, and `a` for `A`.
+            _, rows = self._execute(
+                "SELECT key FROM joblock WHERE key >= ? AND key < ? AND key > ? "
+                "ORDER BY key LIMIT 1000",
+                prefix,
+                f"{prefix}\U0010ffff",
+                after,
+            )
+            keys: list[str] = [_decode(row[0]) for row in rows]
+            yield from keys
+            if not keys:
+                return
+            after = keys[-1]
+
+    def _execute(self, statement: str, *values: str) -> tuple[int, list[Any]]:
         lock = _own(self._locks)
         try:
             try:  # around the acquire too: a signal handler may raise as soon as it has returned
@@ -153,7 +172,7 @@ class SqliteBlobStore:
                     # A write has nothing to fetch, and a signal handler that forks may have
                     # closed the connection by now.
                     rows = cursor.fetchall() if cursor.description else []
-                    return cursor.rowcount, rows[0] if rows else None
+                    return cursor.rowcount, rows
                 finally:
                     cursor.close()
             finally:
