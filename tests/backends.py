@@ -18,6 +18,7 @@ from tests.gcs_server import gcs_server
 from tests.servers import (
     azure_connection,
     azure_server,
+    dynamodb_server,
     mariadb_server,
     netlify_server,
     postgresql_server,
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 BUCKET = "jobs"
 NETLIFY_TOKEN = "a token"
-NAMES = ("s3", "s3-tombstone", "azure", "gcs", "netlify-api", "netlify-edge")
+NAMES = ("s3", "s3-tombstone", "azure", "gcs", "netlify-api", "netlify-edge", "dynamodb")
 SQL = ("postgresql-psycopg", "postgresql-asyncpg", "mariadb-pymysql", "mariadb-asyncmy")
 DATABASES = ("redis", "redis-async", *SQL)
 BY_CONTENT = (
@@ -169,6 +170,36 @@ def open_s3(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBl
     return S3BlobStore(client, BUCKET, prefix=prefix, conditional_delete=deletes)
 
 
+def open_dynamodb(_: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
+    """Each prefix is a table of its own."""
+    boto3: Any = pytest.importorskip("boto3")
+    from botocore.config import Config
+
+    from joblock.stores.dynamodb import QUICK, TABLE, DynamoBlobStore
+
+    client = boto3.client(
+        "dynamodb",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id="any",
+        aws_secret_access_key="any",
+        config=QUICK.merge(Config(max_pool_connections=24)),
+    )
+    stack.callback(client.close)
+    table = prefix.strip("/")
+    if table not in client.list_tables()["TableNames"]:
+        client.create_table(TableName=table, **TABLE)
+        client.get_waiter("table_exists").wait(TableName=table, WaiterConfig={"Delay": 0.01})
+    return DynamoBlobStore(client, table)
+
+
+@contextmanager
+def _dynamodb() -> Generator[tuple[str, Make]]:
+    pytest.importorskip("boto3")
+    with dynamodb_server() as url:
+        yield url, open_dynamodb
+
+
 @contextmanager
 def _s3() -> Generator[tuple[str, Make]]:
     pytest.importorskip("boto3")
@@ -302,6 +333,7 @@ _SERVERS: dict[str, Callable[[], AbstractContextManager[tuple[str, Make]]]] = {
     "azure": _azure,
     "gcs": _gcs,
     "netlify": _netlify,
+    "dynamodb": _dynamodb,
     "redis": _redis,
     "postgresql": _postgresql,
     "mariadb": _mariadb,

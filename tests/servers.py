@@ -82,6 +82,14 @@ def netlify_server() -> Generator[NetlifyServer]:
         yield NetlifyServer(url, token, Path(folder))
 
 
+@contextmanager
+def dynamodb_server() -> Generator[str]:
+    """DynamoDB, by dynalite, which unlike moto checks a condition and writes at once."""
+    packages = _node_modules("dynalite").parent
+    with _process("node", str(HERE / "dynamodb_server.mjs"), str(packages)) as url:
+        yield url
+
+
 @dataclass
 class LocalServer:
     """A server, which a test may kill and start again on the same files and port."""

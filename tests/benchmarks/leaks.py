@@ -64,7 +64,7 @@ def _left(kind: str, cycles: int) -> _Left:
             SqliteBlobStore(Path(folder, "jobs.db")) as sqlite,
         ):
             grown = _growth(sqlite, cycles)
-            _, (keys,) = sqlite._execute("SELECT count(*) FROM joblock")
+            keys = len(list(sqlite.list_keys("")))
     return _Left(grown, threading.active_count() - threads, _descriptors() - descriptors, keys)
 
 

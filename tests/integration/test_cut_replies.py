@@ -98,7 +98,7 @@ CASES: dict[str, Case] = {
 }
 
 
-NAMES = ("s3-once", "azure", "gcs", "netlify-api", "netlify-edge", *DATABASES)
+NAMES = ("s3-once", "azure", "gcs", "netlify-api", "netlify-edge", "dynamodb", *DATABASES)
 
 SLOWER = {"azure": 5}  # its SDK waits before it gives a body up, so that fewer are cut
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +22,8 @@ from joblock import (
     release_job_lock,
     renew_job_lock,
 )
-from joblock.stores import _remote
 from tests.backends import NAMES, RETRIES, TOMBSTONE, Backends
-from tests.lossy import Proxy, Request, lossy
+from tests.lossy import Proxy, Request, When, lossy
 from tests.servers import azure_connection
 from tests.support import UID, VAULT, acquired, held
 
@@ -35,15 +33,19 @@ CONFLICT = b"<Error><Code>ConditionalRequestConflict</Code><Message>busy</Messag
 
 def is_write(request: Request) -> bool:
     """Not Netlify's request for the signed URL, which changes nothing."""
+    if is_dynamodb(request):
+        return request.headers["x-amz-target"].endswith("PutItem")
     return request.method in ("PUT", "POST") and not request.path.startswith("/api/")
 
 
 def is_read(request: Request) -> bool:
+    if is_dynamodb(request):
+        return request.headers["x-amz-target"].endswith("GetItem")
     return request.method == "GET" and not request.path.startswith("/api/")
 
 
-def error(status: int) -> bytes:
-    return b"<Error><Code>Status%d</Code><Message>not now</Message></Error>" % status
+def is_dynamodb(request: Request) -> bool:
+    return "x-amz-target" in request.headers
 
 
 def is_takeover(request: Request) -> bool:
@@ -61,7 +63,16 @@ class Link:
     direct: ConditionalBlobStore
 
     def is_removal(self, request: Request) -> bool:
+        if is_dynamodb(request):
+            return request.headers["x-amz-target"].endswith("DeleteItem")
         return is_write(request) if self.name in TOMBSTONE else request.method == "DELETE"
+
+    def answer(self, status: int, when: When, times: int = 1) -> None:
+        """Answer those requests with an error, in the service's own form."""
+        body, headers = b"<Error><Code>Status%d</Code><Message>not now</Message></Error>", XML
+        if self.name == "dynamodb":
+            body, headers = b'{"__type": "Status%d", "message": "not now"}', {}
+        self.proxy.answer(status, body % status, headers, when=when, times=times)
 
     def skip_the_sdks_own_patience(self) -> None:
         if self.name == "s3-legacy":
@@ -95,7 +106,7 @@ def test_a_create_that_took_effect_is_won(link: Link) -> None:
     link.proxy.swallow(is_write)
     lock = acquired(acquire_job_lock(link.store, UID, VAULT))
     assert link.owner() == lock.job_id
-    assert link.proxy.requests[-1].method == "GET"  # it was settled by reading
+    assert is_read(link.proxy.requests[-1])  # it was settled by reading
     assert_releases(link, lock)
 
 
@@ -182,7 +193,7 @@ def test_another_takes_the_lock_after_a_delete_whose_reply_is_lost(link: Link) -
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_an_error_of_the_server_is_asked_again(link: Link, status: int) -> None:
     """Throttled or failing once: no error, and not won before it is."""
-    link.proxy.answer(status, error(status), XML, when=is_write)
+    link.answer(status, when=is_write)
     lock = acquired(acquire_job_lock(link.store, UID, VAULT))
     assert link.owner() == lock.job_id
     assert_releases(link, lock)
@@ -195,7 +206,7 @@ def test_an_error_that_lasts_reaches_the_caller(link: Link, status: int, committ
     link.skip_the_sdks_own_patience()
     if committed:
         link.proxy.swallow(is_write)
-    link.proxy.answer(status, error(status), XML, when=is_write, times=1000)
+    link.answer(status, when=is_write, times=1000)
     with pytest.raises(Exception, match=str(status)) as raised:
         acquire_job_lock(link.store, UID, VAULT)
     assert not isinstance(raised.value, AssertionError)
@@ -203,13 +214,13 @@ def test_an_error_that_lasts_reaches_the_caller(link: Link, status: int, committ
 
 
 def test_an_error_that_lasts_is_asked_for_again_so_often(link: Link) -> None:
-    """Twice; to S3 once, by the client or, if it does not, by the store."""
+    """Twice; to S3 and DynamoDB once, by the client or, if it does not, by the store."""
     link.skip_the_sdks_own_patience()
-    link.proxy.answer(503, error(503), XML, when=is_write, times=1000)
+    link.answer(503, when=is_write, times=1000)
     with pytest.raises(Exception, match="503"):
         acquire_job_lock(link.store, UID, VAULT)
     writes = [request for request in link.proxy.requests if is_write(request)]
-    assert len(writes) == (2 if link.name.startswith("s3") else 3)
+    assert len(writes) == (2 if link.name.startswith(("s3", "dynamodb")) else 3)
 
 
 @pytest.mark.parametrize("name", ["s3-once", "azure", "gcs", "netlify-api", "netlify-edge"])
@@ -227,7 +238,8 @@ def test_a_connection_that_is_refused_is_tried_again(
             reserved.close()
             stack.enter_context(lossy(backend.url, rewrite=True, port=port))
 
-        monkeypatch.setattr(_remote, "time", SimpleNamespace(sleep=start))
+        module = import_module(f"joblock.stores.{name.partition('-')[0]}")
+        monkeypatch.setattr(module._RETRY, "_sleep", start)
         assert acquire_job_lock(store, UID, VAULT)
 
 
@@ -259,7 +271,7 @@ def test_gcs_records_are_not_cached(backends: Backends) -> None:
 
 def test_a_refusal_of_another_kind_reaches_the_caller(link: Link) -> None:
     """Forbidden is not held, and is not asked twice."""
-    link.proxy.answer(403, error(403), XML, when=is_write)
+    link.answer(403, when=is_write)
     with pytest.raises(Exception, match="403|Forbidden"):
         acquire_job_lock(link.store, UID, VAULT)
     assert len([request for request in link.proxy.requests if is_write(request)]) == 1
@@ -269,7 +281,7 @@ def test_a_refusal_of_another_kind_reaches_the_caller(link: Link) -> None:
 def test_a_removal_that_is_forbidden_reaches_the_caller(link: Link) -> None:
     """The lock stays, and is not said to be gone."""
     lock = link.taken()
-    link.proxy.answer(403, error(403), XML, when=link.is_removal)
+    link.answer(403, when=link.is_removal)
     with pytest.raises(Exception, match="403|Forbidden"):
         release_job_lock(link.store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag)
     assert link.owner() == lock.job_id
@@ -278,7 +290,7 @@ def test_a_removal_that_is_forbidden_reaches_the_caller(link: Link) -> None:
 def test_a_read_that_is_forbidden_reaches_the_caller(link: Link) -> None:
     """It is not "no lock"."""
     link.taken()
-    link.proxy.answer(403, error(403), XML, when=is_read)
+    link.answer(403, when=is_read)
     with pytest.raises(Exception, match="403|Forbidden"):
         peek_job_lock(link.store, UID, VAULT)
 
@@ -383,6 +395,7 @@ def test_requests(name: str, backends: Backends) -> None:
     backend, prefix = backends[name], backends.new_prefix()
     with lossy(backend.url, rewrite=True) as proxy, ExitStack() as stack:
         store = backend.open(stack, prefix, proxy.url)
+        proxy.requests.clear()  # what made DynamoDB's table
         counts: list[int] = []
 
         def count() -> None:

@@ -475,8 +475,11 @@ def test_an_async_mock_is_an_async_store() -> None:
     assert held(await_now(aio.acquire_job_lock(store, UID, VAULT))).existing.job_id == "a"
 
 
+ASYNC_ONLY = {"AsyncMemoryBlobStore", "ThreadedBlobStore", "check_store", "open_store"}
+
+
 def test_sync_and_async_refuse_alike() -> None:
     """The two faces that these tests go through are the real functions."""
     assert SyncApi.acquire is joblock.acquire_job_lock
     assert AsyncApi.acquire is not SyncApi.acquire
-    assert set(aio.__all__) - {"ThreadedBlobStore"} <= set(joblock.__all__)
+    assert set(aio.__all__) - ASYNC_ONLY <= set(joblock.__all__)

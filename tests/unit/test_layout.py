@@ -35,6 +35,7 @@ FLOORS = [
     "_hold",
     "stores._http",
     "stores._remote",
+    "stores._aws",
     "stores.memory",
     "stores.sqlite",
     "stores.s3",
@@ -43,6 +44,7 @@ FLOORS = [
     "stores.netlify",
     "stores.redis",
     "stores.sql",
+    "stores.dynamodb",
     "stores",
     "conformance",
     "aio",
@@ -53,7 +55,7 @@ FLOORS = [
     "__main__",
 ]
 # A store's module knows what a store is, and what it shares with its neighbours; no other store.
-FOR_STORES = {"_value", "_store", "stores._http", "stores._remote"}
+FOR_STORES = {"_value", "_store", "stores._http", "stores._remote", "stores._aws"}
 
 
 def name_of(path: Path) -> str:
@@ -140,6 +142,7 @@ def test_the_doors() -> None:
         "conformance",
         "stores",
         "stores.azure",
+        "stores.dynamodb",
         "stores.gcs",
         "stores.memory",
         "stores.netlify",
@@ -175,6 +178,7 @@ def test_what_a_store_module_promises_is_there(name: str) -> None:
             "stores.gcs": "google.cloud.storage",
             "stores.redis": "redis",
             "stores.sql": "sqlalchemy",
+            "stores.dynamodb": "boto3",
         }.get(name, "joblock")
     )
     module = import_module(f"joblock.{name}")

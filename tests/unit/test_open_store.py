@@ -98,6 +98,19 @@ def test_s3(url: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store._client.close()
 
 
+def test_dynamodb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table's name, and nothing else."""
+    pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    store: Any = open_store("dynamodb://jobs")
+    assert repr(store) == "DynamoBlobStore('jobs')"
+    assert store._client.meta.config.read_timeout == 10
+    store._client.close()
+    for url in ("dynamodb:jobs", "dynamodb://", "dynamodb://a", "dynamodb://u:secret@jobs"):
+        with pytest.raises(ValueError, match="is dynamodb://TABLE$"):
+            open_store(url)
+
+
 def test_azure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection string, or an account's name and azure-identity; else it says what to set."""
     pytest.importorskip("azure.storage.blob")
@@ -147,14 +160,15 @@ def test_netlify(monkeypatch: pytest.MonkeyPatch) -> None:
     ("url", "command"),
     [
         ("s3://bucket", "python -m pip install boto3"),
+        ("dynamodb://jobs", "python -m pip install boto3"),
         ("azure://jobs", "python -m pip install azure-storage-blob azure-identity"),
         ("gs://bucket", "python -m pip install google-cloud-storage"),
     ],
 )
 def test_a_missing_sdk(url: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error has the command that installs it."""
-    for module in ("joblock.stores.s3", "joblock.stores.azure", "joblock.stores.gcs"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in ("s3", "dynamodb", "_aws", "azure", "gcs"):
+        monkeypatch.delitem(sys.modules, f"joblock.stores.{module}", raising=False)
     for sdk in ("boto3", "botocore", "azure", "google", "requests"):
         for module in [name for name in sys.modules if name.partition(".")[0] == sdk]:
             monkeypatch.delitem(sys.modules, module)
@@ -174,7 +188,8 @@ def test_a_python_without_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("module", "sdk", "package"),
     [
-        ("s3", "botocore.config", "boto3"),
+        ("s3", "botocore.exceptions", "boto3"),
+        ("dynamodb", "botocore.exceptions", "boto3"),
         ("azure", "azure.core", "azure-storage-blob azure-identity"),
         ("gcs", "requests", "google-cloud-storage"),
         ("redis", "redis.asyncio", "redis"),

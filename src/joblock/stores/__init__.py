@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["open_store"]
 
 _URLS = (
-    "sqlite:PATH, s3://BUCKET/PREFIX, azure://CONTAINER/PREFIX, gs://BUCKET/PREFIX, netlify:STORE "
-    "or memory:"
+    "sqlite:PATH, redis://HOST, postgresql+psycopg://HOST/DATABASE, mysql+pymysql://HOST/DATABASE, "
+    "dynamodb://TABLE, s3://BUCKET/PREFIX, azure://CONTAINER/PREFIX, gs://BUCKET/PREFIX, "
+    "netlify:STORE or memory:"
 )
 
 
@@ -33,6 +34,7 @@ def open_store(url: str | None = None) -> ConditionalBlobStore:
     - `redis://host:6379/0` or `rediss://...`: `RedisBlobStore`.
     - `postgresql+psycopg://user@host/database`, `mysql+pymysql://...` and others that SQLAlchemy
       knows, each with its driver: `SqlBlobStore`, in the table `joblock`, which must be there.
+    - `dynamodb://table`: `DynamoBlobStore`.
     - `netlify:store`: `NetlifyBlobStore`; from `NETLIFY_BLOBS_CONTEXT`, or from `NETLIFY_SITE_ID`
       and `NETLIFY_AUTH_TOKEN`.
     - `memory:`: a new, empty `MemoryBlobStore`.
@@ -74,6 +76,13 @@ def open_store(url: str | None = None) -> ConditionalBlobStore:
             if option not in ("", "conditional_delete=false"):
                 raise ValueError("the only option of s3: is ?conditional_delete=false")
             return connect_s3(*_place(rest), conditional_delete=not option)
+        case "dynamodb":
+            from .dynamodb import connect as connect_dynamodb
+
+            table = re.fullmatch("//([A-Za-z0-9_.-]{3,255})", rest)
+            if table is None:
+                raise ValueError("a table's URL is dynamodb://TABLE")
+            return connect_dynamodb(table[1])
         case "azure":
             from .azure import connect as connect_azure
 

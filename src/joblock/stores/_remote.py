@@ -103,9 +103,9 @@ class Retry:
                 pause_s = self._pause_s(error, pauses)
             await sleep(pause_s)
 
-    def pages(self, send: Callable[[str | None], tuple[list[str], str | None]]) -> Iterator[str]:
+    def pages(self, send: Callable[[T | None], tuple[list[str], T | None]]) -> Iterator[str]:
         """Yield what the pages have; `send` gets a page's token and returns the next one's, too."""
-        token: str | None = None
+        token: T | None = None
         while True:
             answer, _ = self.ask(partial(send, token))
             keys, token = answer or ([], None)

@@ -10,34 +10,26 @@ from typing import Any
 
 from .._store import TOMBSTONE, Blob
 from ._remote import (
-    CONNECT_TIMEOUT_S,
-    READ_TIMEOUT_S,
     CutReplyError,
     DoubtfulRefusal,
     Pool,
-    Retry,
     is_etag,
     missing,
     whole,
 )
 
 try:
-    from botocore.config import Config
-    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
-    from botocore.exceptions import ConnectionError as NoConnectionError
-    from botocore.parsers import ResponseParserError
+    from botocore.exceptions import ClientError
+
+    from . import _aws  # it needs boto3, too
 except ModuleNotFoundError as _error:
     raise missing(__name__, _error, "boto3") from _error
 
-
 __all__ = ["QUICK", "S3BlobStore", "connect"]
 
-QUICK = Config(
-    connect_timeout=CONNECT_TIMEOUT_S,
-    read_timeout=READ_TIMEOUT_S,
-    retries={"mode": "standard", "total_max_attempts": 2},
-)
+QUICK = _aws.QUICK
 """Time-outs and retries for a client that locks."""
+_RETRY = _aws.RETRY
 
 
 class S3BlobStore:
@@ -90,7 +82,7 @@ class S3BlobStore:
             try:
                 response = self._client.get_object(**self._object(key))
             except ClientError as error:
-                if _reply(error)[1] == "NoSuchKey":
+                if _aws.reply(error)[1] == "NoSuchKey":
                     return None
                 raise
             headers = response["ResponseMetadata"]["HTTPHeaders"]
@@ -174,31 +166,10 @@ def connect(bucket: str, prefix: str, *, conditional_delete: bool) -> S3BlobStor
     return S3BlobStore(client, bucket, prefix=prefix, conditional_delete=conditional_delete)
 
 
-def _reply(error: ClientError) -> tuple[int, str, int]:
-    """Return the status, S3's code for the error, and how often boto3 asked again."""
-    response: Any = error.response
-    metadata = response["ResponseMetadata"]
-    return metadata["HTTPStatusCode"], response["Error"]["Code"], metadata.get("RetryAttempts", 0)
-
-
 def _raise_unless_refused(error: ClientError) -> None:
-    status, code, retries = _reply(error)
+    status, code, retries = _aws.reply(error)
     # 409 ConditionalRequestConflict: another conditional write is under way. So look again.
     if status != 412 and code not in ("ConditionalRequestConflict", "NoSuchKey"):
         raise error
     if retries > 0:
         raise DoubtfulRefusal from error
-
-
-def _unanswered(error: Exception) -> bool:
-    if isinstance(error, ClientError):
-        status, code, retries = _reply(error)
-        # An error without its XML has the status for a code.
-        cut = code.isdigit()
-        return retries == 0 and (cut or status >= 500 or status in (408, 429))
-    # The last three are what breaks in botocore, and here, where a reply was cut.
-    broken = (IncompleteReadError, ResponseParserError, LookupError, ValueError)
-    return isinstance(error, (HTTPClientError, NoConnectionError, CutReplyError, *broken))
-
-
-_RETRY = Retry(_unanswered, pauses_s=(0.1,))  # boto3 has been patient already
