@@ -330,7 +330,8 @@ async def check_store(store: AsyncBlobStore, *, timeout_s: float = 120) -> list[
         return lambda *args: asyncio.run_coroutine_threadsafe(method(*args), loop).result()
 
     _require_async(store, _EVERY_STORE)
-    methods = {name: calling(getattr(store, name)) for name in _methods(store, _EVERY_STORE)}
+    names = [*_methods(store, _EVERY_STORE), *(["cautions"] if hasattr(store, "cautions") else [])]
+    methods = {name: calling(getattr(store, name)) for name in names}
     called: Any = SimpleNamespace(**methods)
     return await asyncio.to_thread(_check_store, called, timeout_s=timeout_s)
 

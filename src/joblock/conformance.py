@@ -66,8 +66,10 @@ def check_store(store: BlobStore, *, timeout_s: float = 120) -> list[Finding]:
 
     Returns one finding for each check, always in the same order: "conditional-writes", what every
     store must do, what a conditional store must do, and "clean-up". A plain store gets those that
-    apply. What the store raises is a finding too; a 429 among them means that the service limits
-    how often a key may be written, and that this check tells nothing.
+    apply. A store that has a method `cautions`, as Redis's, gets "settings": that is always ok, and
+    its message begins with "warning" if a setting of the server's may free a lock. What the store
+    raises is a finding too; a 429 among them means that the service limits how often a key may be
+    written, and that this check tells nothing.
 
     It makes at most 240 requests, a third of them in bursts from up to 8 threads; on a plain
     store at most 40. The keys are `index-jobs/joblock-conformance-.../...`, so it needs the
@@ -86,7 +88,7 @@ def check_store(store: BlobStore, *, timeout_s: float = 120) -> list[Finding]:
         with ThreadPoolExecutor(_CONTENDERS) as threads:
             probe = _ConditionalProbe(store, threads)
             checks = {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS}
-            return [_CONDITIONAL, *_findings(probe, checks, timeout_s)]
+            return [_CONDITIONAL, *_findings(probe, checks, timeout_s), *_settings(store)]
     return [_NOT_CONDITIONAL, *_findings(_Probe(store), _PLAIN_CHECKS, timeout_s)]
 
 
@@ -97,6 +99,17 @@ _NOT_CONDITIONAL = Finding(
     "the store has only get, set and delete: it cannot exclude two simultaneous winners; "
     "use a store with conditional writes",
 )
+
+
+def _settings(store: ConditionalBlobStore) -> list[Finding]:
+    cautions: Callable[[], list[str]] | None = getattr(store, "cautions", None)
+    if cautions is None:
+        return []
+    try:
+        texts = [f"warning: {text}" for text in cautions()] or ["none endangers a lock"]
+    except Exception as error:
+        texts = [f"not known: {_said(error)}"]
+    return [Finding(True, "settings", text) for text in texts]
 
 
 class _BrokenRuleError(Exception):

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .contention import contention
+from .databases import natively, on_postgresql, on_redis
 from .growth import growth
 from .leaks import leaks
 from .one_host import free, refused, resumed
@@ -28,6 +29,9 @@ PARTS = {
     "refused": ("Refused acquire: a double click", refused),
     "resumed": ("A job that is handed to a worker", resumed),
     "threaded": ("Async, in a thread", threaded),
+    "redis": ("Redis on loopback", on_redis),
+    "postgresql": ("PostgreSQL on loopback", on_postgresql),
+    "native": ("Async on Redis, 50 tasks at once", natively),
     "requests": ("Requests on S3, and dollars per million", requests),
     "contention": ("Processes on one SQLite file", contention),
     "growth": ("Many locks", growth),

@@ -22,7 +22,7 @@ from joblock import (
     release_job_lock,
     renew_job_lock,
 )
-from joblock.conformance import check_store
+from joblock.conformance import Finding, check_store
 from joblock.stores import open_store
 from tests.integration.test_one_winner import CLIENTS, assert_one_winner_each_round, prepare, send
 from tests.servers import LocalServer, free_port, redis_server
@@ -106,7 +106,7 @@ def test_a_key_of_another_type(client: Any) -> None:
 
 
 def test_scripts_that_are_forgotten(client: Any) -> None:
-    """By `SCRIPT FLUSH`, or a failover: each request has its script with it."""
+    """By `SCRIPT FLUSH`, or a failover: they are sent again, in each verb."""
     store = store_of(client)
     lock = acquired(acquire_job_lock(store, UID, VAULT))
     client.script_flush()
@@ -289,16 +289,16 @@ import gevent
 from joblock import JobLockHeldError, hold_job_lock
 from joblock.stores import open_store
 store = open_store(sys.argv[1])
-started = []
+started, refused = [], []
 def click(number):
     try:
         with hold_job_lock(store, "u", "v", renew_every_ms=20) as lock:
             started.append(number)
             first = lock.record
-            while lock.record == first:
+            while lock.record == first or len(refused) < 49:
                 gevent.sleep(0.01)
     except JobLockHeldError:
-        pass
+        refused.append(number)
 gevent.joinall([gevent.spawn(click, number) for number in range(50)])
 print(len(started), list(store.list_keys("index-jobs/")) == [])
 """
@@ -311,6 +311,33 @@ def test_gevent(server: LocalServer, client: Any) -> None:
         [sys.executable, "-c", GEVENT, server.url], capture_output=True, text=True, check=False
     )
     assert ran.stdout.split() == ["1", "False"], ran.stderr  # the mark stays for a minute
+
+
+def test_a_setting_that_frees_live_locks(server: LocalServer, client: Any) -> None:
+    """Is told by `check_store`, sync and async; it is no failure, and the lock works."""
+
+    async def native() -> list[Finding]:
+        made = importlib.import_module("redis.asyncio").Redis.from_url(server.url)
+        store = importlib.import_module("joblock.stores.redis").AsyncRedisBlobStore(made)
+        findings = await aio.check_store(store)
+        await made.aclose()
+        return findings
+
+    for policy, message in {
+        "allkeys-lru": "warning: maxmemory-policy is allkeys-lru",
+        "volatile-lru": "none endangers",
+        "noeviction": "none endangers",
+    }.items():
+        client.config_set("maxmemory-policy", policy)
+        for findings in (check_store(store_of(client)), asyncio.run(native())):
+            assert all(findings)
+            assert findings[-1].check == "settings"
+            assert findings[-1].message.startswith(message)
+    client.execute_command("ACL", "SETUSER", "jobs", "on", "nopass", "~*", "+@all", "-config")
+    with redis.Redis.from_url(server.url.replace("//", "//jobs:x@")) as other:
+        findings = check_store(store_of(other))
+    assert all(findings)
+    assert findings[-1].message.startswith("not known: ")
 
 
 def test_a_hold_that_is_refused(client: Any) -> None:

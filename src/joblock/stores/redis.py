@@ -23,7 +23,7 @@ try:
     from redis.asyncio import Redis as AsyncRedis
     from redis.asyncio.retry import Retry as AsyncRetry
     from redis.backoff import ExponentialBackoff
-    from redis.exceptions import BusyLoadingError
+    from redis.exceptions import BusyLoadingError, NoScriptError
     from redis.exceptions import ConnectionError as NoConnectionError
     from redis.exceptions import TimeoutError as NoAnswerError
     from redis.retry import Retry as SyncRetry
@@ -35,6 +35,13 @@ __all__ = ["AsyncRedisBlobStore", "RedisBlobStore", "connect", "connect_async"]
 _REMOVED = b"\0joblock removed "  # no value that anybody else writes begins so
 _REMOVED_FOR_MS = 60_000  # longer than redis-py repeats a request
 
+
+class _Script:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha1 = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
 # An etag is the SHA-1 of the value. It may come back, with an equal value: two records of one lock
 # that are equal name the same run with the same deadline, and to write over either is the same.
 _CURRENT = f"""
@@ -44,23 +51,23 @@ if current and string.sub(current, 1, {len(_REMOVED)}) == '\\0joblock removed ' 
   current = false
 end
 """
-_SET_IF_NEW = f"""{_CURRENT}
+_SET_IF_NEW = _Script(f"""{_CURRENT}
 if current == ARGV[1] then return 1 end
 if current then return 0 end
 redis.call('SET', KEYS[1], ARGV[1])
 return 1
-"""
-_SET_IF_MATCH = f"""{_CURRENT}
+""")
+_SET_IF_MATCH = _Script(f"""{_CURRENT}
 if current == ARGV[1] then return 1 end
 if not current or redis.sha1hex(current) ~= ARGV[2] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1])
 return 1
-"""
-_DELETE_IF_MATCH = f"""{_CURRENT}
+""")
+_DELETE_IF_MATCH = _Script(f"""{_CURRENT}
 if not current or redis.sha1hex(current) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', {_REMOVED_FOR_MS})
 return 1
-"""
+""")
 _RAW: dict[str, Any] = {"NEVER_DECODE": True}  # whatever `decode_responses` says
 
 
@@ -105,23 +112,34 @@ class RedisBlobStore:
 
         If it exists with this very value, that was written by this call.
         """
-        return _written(self._ask(*_script(_SET_IF_NEW, self._name(key), value)), value)
+        return _written(self._run(_SET_IF_NEW, key, value), value)
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
-        return _written(self._ask(*_script(_SET_IF_MATCH, self._name(key), value, etag)), value)
+        return _written(self._run(_SET_IF_MATCH, key, value, etag), value)
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
-        return bool(self._ask(*_script(_DELETE_IF_MATCH, self._name(key), etag, _mark())))
+        return bool(self._run(_DELETE_IF_MATCH, key, etag, _mark()))
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin so, in any order; one may come twice while others change."""
         for key in self._client.scan_iter(match=_pattern(self._prefix + prefix), count=1000):
             yield _text(key).removeprefix(self._prefix)
 
+    def cautions(self) -> list[str]:
+        """Return what of the server's settings may free a live lock; for `check_store`."""
+        return _cautions(self._client.config_get("maxmemory-policy"))
+
     def _name(self, key: str) -> bytes:
         return (self._prefix + key).encode()
+
+    def _run(self, script: _Script, key: str, *values: str) -> Any:
+        rest = (1, self._name(key), *(value.encode() for value in values))
+        try:
+            return self._ask("EVALSHA", script.sha1, *rest)
+        except NoScriptError:  # a server that has just been started, or that was told to forget
+            return self._ask("EVAL", script.text, *rest)
 
     def _ask(self, *command: Any) -> Any:
         return _RETRY.ask(partial(self._client.execute_command, *command, **_RAW))[0]
@@ -155,16 +173,15 @@ class AsyncRedisBlobStore:
 
     async def set_if_new(self, key: str, value: str) -> str | None:
         """As `RedisBlobStore.set_if_new`."""
-        return _written(await self._ask(*_script(_SET_IF_NEW, self._name(key), value)), value)
+        return _written(await self._run(_SET_IF_NEW, key, value), value)
 
     async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """As `RedisBlobStore.set_if_match`."""
-        command = _script(_SET_IF_MATCH, self._name(key), value, etag)
-        return _written(await self._ask(*command), value)
+        return _written(await self._run(_SET_IF_MATCH, key, value, etag), value)
 
     async def delete_if_match(self, key: str, etag: str) -> bool:
         """As `RedisBlobStore.delete_if_match`."""
-        return bool(await self._ask(*_script(_DELETE_IF_MATCH, self._name(key), etag, _mark())))
+        return bool(await self._run(_DELETE_IF_MATCH, key, etag, _mark()))
 
     async def list_keys(self, prefix: str) -> AsyncIterator[str]:
         """As `RedisBlobStore.list_keys`."""
@@ -172,8 +189,19 @@ class AsyncRedisBlobStore:
         async for key in keys:
             yield _text(key).removeprefix(self._prefix)
 
+    async def cautions(self) -> list[str]:
+        """As `RedisBlobStore.cautions`."""
+        return _cautions(await self._client.config_get("maxmemory-policy"))
+
     def _name(self, key: str) -> bytes:
         return (self._prefix + key).encode()
+
+    async def _run(self, script: _Script, key: str, *values: str) -> Any:
+        rest = (1, self._name(key), *(value.encode() for value in values))
+        try:
+            return await self._ask("EVALSHA", script.sha1, *rest)
+        except NoScriptError:
+            return await self._ask("EVAL", script.text, *rest)
 
     async def _ask(self, *command: Any) -> Any:
         send = partial(self._client.execute_command, *command, **_RAW)
@@ -199,10 +227,6 @@ def _client(client_type: Any, url: str, retry_type: Any) -> Any:
     )
 
 
-def _script(script: str, key: bytes, *values: str) -> tuple[Any, ...]:
-    return "EVAL", script, 1, key, *(value.encode() for value in values)
-
-
 def _mark() -> str:
     return _REMOVED.decode() + os.urandom(16).hex()
 
@@ -222,6 +246,16 @@ def _written(answer: int, value: str) -> str | None:
 
 def _etag(value: bytes) -> str:
     return hashlib.sha1(value, usedforsecurity=False).hexdigest()
+
+
+def _cautions(config: dict[Any, Any]) -> list[str]:
+    policies = {_text(policy) for policy in config.values()}
+    return [
+        f"maxmemory-policy is {policy}: Redis removes a live lock when its memory is full; use "
+        "noeviction or volatile-..."
+        for policy in policies
+        if policy.startswith("allkeys-")
+    ]
 
 
 def _pattern(prefix: str) -> str:
