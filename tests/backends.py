@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from joblock import AsyncConditionalBlobStore, Blob, ConditionalBlobStore
 from tests.gcs_server import gcs_server
 from tests.servers import (
+    AZURITE,
     azure_connection,
     azure_server,
     dynamodb_server,
@@ -31,11 +33,14 @@ T = TypeVar("T")
 BUCKET = "jobs"
 NETLIFY_TOKEN = "a token"
 NAMES = ("s3", "s3-tombstone", "azure", "gcs", "netlify-api", "netlify-edge", "dynamodb")
+OBJECT_STORES = ("obstore-s3", "obstore-s3-async", "obstore-azure")
 SQL = ("postgresql-psycopg", "postgresql-asyncpg", "mariadb-pymysql", "mariadb-asyncmy")
 DATABASES = ("redis", "redis-async", *SQL)
 BY_CONTENT = (
     "s3",
     "s3-tombstone",
+    "obstore-s3",
+    "obstore-s3-async",
     "redis",
     "redis-async",
 )  # the etag is of the content, not of the version
@@ -43,7 +48,7 @@ RETRIES = {  # of boto3's client, where they are not those of joblock.stores.s3.
     "s3-once": {"total_max_attempts": 1},
     "s3-legacy": {"mode": "legacy", "total_max_attempts": 5},
 }
-TOMBSTONE = ("s3-tombstone", "netlify-api", "netlify-edge")
+TOMBSTONE = ("s3-tombstone", "netlify-api", "netlify-edge", *OBJECT_STORES)
 
 
 Make = Callable[[str, ExitStack, str, str], ConditionalBlobStore]
@@ -130,10 +135,11 @@ class Backends:
         self._prefixes = itertools.count()
 
     def __getitem__(self, name: str) -> Backend:
-        kind, _, _ = name.partition("-")
+        kind, _, _ = name.removeprefix("obstore-").partition("-")
         if kind not in self._servers:
             self._servers[kind] = self._stack.enter_context(_SERVERS[kind]())
-        return Backend(name, *self._servers[kind])
+        url, make = self._servers[kind]
+        return Backend(name, url, open_obstore if name in OBJECT_STORES else make)
 
     def new_prefix(self) -> str:
         """So that no test sees another's keys."""
@@ -206,6 +212,29 @@ def _s3() -> Generator[tuple[str, Make]]:
     with s3_server() as url, ExitStack() as stack:
         s3_client(stack, url).create_bucket(Bucket=BUCKET)
         yield url, open_s3
+
+
+def open_obstore(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
+    stores: Any = pytest.importorskip("obstore.store")
+    from joblock.stores.object_store import AsyncObjectStoreBlobStore, ObjectStoreBlobStore
+
+    options: dict[str, Any] = {
+        "client_options": {
+            "allow_http": True,
+            "allow_invalid_certificates": True,  # it knows none but its own
+            "timeout": "10s",
+        },
+        "retry_config": {"max_retries": 1, "backoff": {"init_backoff": timedelta(milliseconds=1)}},
+    }
+    if name == "obstore-azure":
+        at = f"{url}/devstoreaccount1"
+        store = stores.AzureStore(BUCKET, use_emulator=False, endpoint=at, **AZURITE, **options)
+    else:
+        keys = {"access_key_id": "any", "secret_access_key": "any", "region": "us-east-1"}
+        store = stores.S3Store(BUCKET, endpoint=url, **keys, **options)
+    if name.endswith("-async"):
+        return in_a_loop(AsyncObjectStoreBlobStore(store, prefix=prefix), None, stack)
+    return ObjectStoreBlobStore(store, prefix=prefix)
 
 
 def azure_client(stack: ExitStack, url: str) -> Any:

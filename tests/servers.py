@@ -54,11 +54,19 @@ def azure_server() -> Generator[str]:
         yield url
 
 
+# Azurite's well-known account.
+AZURITE = {
+    "account_name": "devstoreaccount1",
+    "account_key": "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHB"
+    "eksoGMGw==",
+}
+
+
 def azure_connection(url: str) -> str:
-    """The connection string for Azurite's well-known account, at `url`."""
-    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-    account = f"AccountName=devstoreaccount1;AccountKey={key}"
-    return f"DefaultEndpointsProtocol=http;{account};BlobEndpoint={url}/devstoreaccount1;"
+    """The connection string for Azurite's account, at `url`."""
+    name, key = AZURITE.values()
+    account = f"AccountName={name};AccountKey={key}"
+    return f"DefaultEndpointsProtocol=http;{account};BlobEndpoint={url}/{name};"
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import Any
 
 import joblock
 from joblock import BlobStore, ConditionalBlobStore, aio
-from joblock._locks import run as await_now
 from joblock._store import is_conditional
+from joblock._store import run as await_now
 
 __all__ = ["await_now"]  # runs a coroutine that waits for nothing: an event loop would cost time
 

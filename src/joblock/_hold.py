@@ -23,10 +23,10 @@ from . import _protocol
 from ._given import Duration, described, positive
 from ._ids import check_text
 from ._lease import Keeper, Once, over, way_out
-from ._locks import run, view
+from ._locks import view
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
-from ._store import BlobStore
+from ._store import BlobStore, run
 
 
 class OwnedJobLock:

@@ -7,8 +7,8 @@ whose methods are `async def` and never suspend, so one `send` runs a coroutine 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 from . import _protocol
 from ._given import Duration, described, lenient_ttl, not_negative, positive
@@ -23,6 +23,7 @@ from ._store import (
     blocking,
     is_conditional,
     require,
+    run,
 )
 
 S = TypeVar("S", bound=BlobStore)
@@ -196,17 +197,6 @@ def renew_job_lock(
             record=record,
         )
     )
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that waits for nothing but a view to its end."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    coroutine.close()
-    raise RuntimeError("a view of a blocking store suspended")
 
 
 def view(store: BlobStore, needed: tuple[str, ...]) -> AsyncBlobStore:

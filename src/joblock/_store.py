@@ -160,3 +160,14 @@ def blocking(answer: T, instead: str = f"use the functions of joblock.aio; {MARK
             answer.close()  # or Python warns that nobody awaited it
         raise WrongStoreError(f"the store is async: {instead}")
     return answer
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that waits for nothing but a blocking store to its end."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    coroutine.close()
+    raise RuntimeError("the coroutine waits for something")

@@ -35,7 +35,7 @@ from ._given import Duration, described, lenient_ttl, not_negative, positive
 from ._hold import OwnedJobLock
 from ._ids import check_text, job_lock_key
 from ._lease import Keeper, Once, log_unreleased, over, way_out
-from ._locks import run, view
+from ._locks import view
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
@@ -49,6 +49,7 @@ from ._store import (
     blocking,
     is_conditional,
     require,
+    run,
 )
 from .conformance import Finding
 from .conformance import check_store as _check_store

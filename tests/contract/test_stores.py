@@ -22,7 +22,15 @@ from joblock import (
 from joblock.aio import ThreadedBlobStore
 from joblock.conformance import check_store
 from joblock.stores.sqlite import SqliteBlobStore
-from tests.backends import BY_CONTENT, DATABASES, NAMES, TOMBSTONE, Backends, in_a_loop
+from tests.backends import (
+    BY_CONTENT,
+    DATABASES,
+    NAMES,
+    OBJECT_STORES,
+    TOMBSTONE,
+    Backends,
+    in_a_loop,
+)
 from tests.model.linearizability import Event, as_text, explanation, record
 
 T = TypeVar("T")
@@ -32,7 +40,7 @@ TOMBSTONE_TEXT = "null"
 THREADS = 24
 
 
-@pytest.fixture(params=["memory", "sqlite", *NAMES, *DATABASES])
+@pytest.fixture(params=["memory", "sqlite", *NAMES, *OBJECT_STORES, *DATABASES])
 def name(request: pytest.FixtureRequest) -> str:
     chosen: str = request.param
     return chosen
@@ -68,7 +76,7 @@ def at_once(act: Callable[[str], T]) -> list[T]:
 
 
 def rounds(name: str) -> int:
-    return 3 if name in NAMES or name in DATABASES else 20
+    return 20 if name in ("memory", "sqlite") else 3
 
 
 def text_of(store: ConditionalBlobStore, key: str = KEY) -> str | None:

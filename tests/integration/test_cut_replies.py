@@ -27,7 +27,7 @@ from joblock import (
     renew_job_lock,
     resume_job_lock,
 )
-from tests.backends import DATABASES, SQL, Backends
+from tests.backends import DATABASES, OBJECT_STORES, SQL, Backends
 from tests.lossy import Proxy, lossy
 from tests.stream_proxy import StreamProxy, stream_proxy
 from tests.support import KEY, UID, VAULT
@@ -98,9 +98,19 @@ CASES: dict[str, Case] = {
 }
 
 
-NAMES = ("s3-once", "azure", "gcs", "netlify-api", "netlify-edge", "dynamodb", *DATABASES)
+NAMES = (
+    "s3-once",
+    "azure",
+    "gcs",
+    "netlify-api",
+    "netlify-edge",
+    "dynamodb",
+    *OBJECT_STORES,
+    *DATABASES,
+)
 
-SLOWER = {"azure": 5}  # its SDK waits before it gives a body up, so that fewer are cut
+# Of those that wait before they give a body up, or ask again, fewer replies are cut.
+SLOWER = {"azure": 5, **dict.fromkeys(OBJECT_STORES, 5)}
 
 # What an SDK leaves open when its reply was cut, it leaves to the garbage collector.
 pytestmark = [
@@ -127,6 +137,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The store; it does not pause before a request is sent again: there are thousands."""
     chosen: str = request.param
     module_name = "sql" if chosen in SQL else chosen.partition("-")[0]
+    module_name = "object_store" if chosen in OBJECT_STORES else module_name
     try:
         module = import_module(f"joblock.stores.{module_name}")
     except ImportError as error:

@@ -45,6 +45,7 @@ FLOORS = [
     "stores.redis",
     "stores.sql",
     "stores.dynamodb",
+    "stores.object_store",
     "stores",
     "conformance",
     "aio",
@@ -146,6 +147,7 @@ def test_the_doors() -> None:
         "stores.gcs",
         "stores.memory",
         "stores.netlify",
+        "stores.object_store",
         "stores.redis",
         "stores.s3",
         "stores.sql",
@@ -179,6 +181,7 @@ def test_what_a_store_module_promises_is_there(name: str) -> None:
             "stores.redis": "redis",
             "stores.sql": "sqlalchemy",
             "stores.dynamodb": "boto3",
+            "stores.object_store": "obstore",
         }.get(name, "joblock")
     )
     module = import_module(f"joblock.{name}")

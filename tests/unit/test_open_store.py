@@ -193,6 +193,7 @@ def test_a_python_without_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
         ("azure", "azure.core", "azure-storage-blob azure-identity"),
         ("gcs", "requests", "google-cloud-storage"),
         ("redis", "redis.asyncio", "redis"),
+        ("object_store", "obstore", "obstore"),
         ("sql", "sqlalchemy", '"sqlalchemy>=2" greenlet, and a driver.*'),
     ],
 )
