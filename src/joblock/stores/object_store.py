@@ -126,6 +126,9 @@ class AsyncObjectStoreBlobStore:
                 yield key
 
 
+_untyped: Any = obstore
+
+
 class _Calls(NamedTuple):
     """obstore's functions, to be awaited."""
 
@@ -218,8 +221,7 @@ class _Objects:
     def list(self, prefix: str) -> Any:
         """A page after the other; obstore's own prefix ends with a whole part of the path."""
         folder = (self._prefix + prefix).rpartition("/")[0]
-        listing: Any = obstore.list
-        return listing(self._store, prefix=folder or None, chunk_size=1000)
+        return _untyped.list(self._store, prefix=folder or None, chunk_size=1000)
 
     def keys(self, page: Any, prefix: str) -> Iterator[str]:
         for item in page:
