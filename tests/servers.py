@@ -146,7 +146,7 @@ def _running(server: LocalServer) -> Generator[LocalServer]:
 
 @contextmanager
 def redis_server(*options: str, port: int = 0) -> Generator[LocalServer]:
-    """Redis, with each write on its disk before it is answered."""
+    """Redis, with a log of its writes: it may be killed, but not its host."""
     if shutil.which("redis-server") is None:
         missing("redis-server is not installed")
 
@@ -157,7 +157,7 @@ def redis_server(*options: str, port: int = 0) -> Generator[LocalServer]:
     with tempfile.TemporaryDirectory() as folder:
         port = port or free_port()
         command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", folder]
-        command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", *options]
+        command += ["--save", "", "--appendonly", "yes", *options]
         log = Path(folder, "server.log")
         url = f"redis://127.0.0.1:{port}/0"
         with _running(LocalServer(url, port, log, command, answers)) as server:
@@ -165,8 +165,8 @@ def redis_server(*options: str, port: int = 0) -> Generator[LocalServer]:
 
 
 @contextmanager
-def postgresql_server() -> Generator[LocalServer]:
-    """PostgreSQL, with a database `joblock` for everybody; its log has each error."""
+def postgresql_server(*, fsync: str = "off") -> Generator[LocalServer]:
+    """PostgreSQL, for everybody; its log has each error. It may be killed, but not its host."""
     initdb = _postgresql("initdb")
     with _folder_of_nobody() as (folder, user):
         data, port = folder / "data", free_port()
@@ -174,7 +174,14 @@ def postgresql_server() -> Generator[LocalServer]:
         made = [initdb, "-D", str(data), *options]
         subprocess.run(made, check=True, capture_output=True, user=user, cwd=folder)
         command = [_postgresql("postgres"), "-D", str(data), "-p", str(port), "-k", str(folder)]
-        command += ["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"]
+        command += [
+            "-c",
+            "listen_addresses=127.0.0.1",
+            "-c",
+            "max_connections=200",
+            "-c",
+            f"fsync={fsync}",
+        ]
 
         url = f"postgresql+psycopg://joblock@127.0.0.1:{port}/postgres"
         server = LocalServer(url, port, folder / "server.log", command, _takes_a_login, user)
@@ -215,7 +222,7 @@ def _takes_a_login(connection: socket.socket) -> bool:
 
 @contextmanager
 def mariadb_server() -> Generator[LocalServer]:
-    """MariaDB, with Debian's default character set, and a user `joblock` for everything."""
+    """MariaDB, with Debian's default character set. It may be killed, but not its host."""
     if shutil.which("mariadbd") is None or shutil.which("mariadb-install-db") is None:
         missing("mariadb-server is not installed")
     with _folder_of_nobody() as (folder, user):
@@ -237,6 +244,7 @@ def mariadb_server() -> Generator[LocalServer]:
         command = ["mariadbd", *options, f"--port={port}", f"--socket={folder / 'socket'}"]
         command += ["--bind-address=127.0.0.1", f"--pid-file={folder / 'pid'}"]
         command += ["--max-connections=300", "--skip-name-resolve"]
+        command += ["--innodb-flush-log-at-trx-commit=2", "--skip-innodb-doublewrite"]
 
         def answers(connection: socket.socket) -> bool:
             return b"MariaDB" in connection.recv(100)

@@ -98,7 +98,7 @@ def on_postgresql(*, quick: bool) -> Iterator[Row]:
         try:
             sa: Any = import_module("sqlalchemy")
             import_module("psycopg")
-            server = stack.enter_context(postgresql_server())
+            server = stack.enter_context(postgresql_server(fsync="on"))
         except (ModuleNotFoundError, pytest.skip.Exception) as error:
             yield Row("PostgreSQL", "-", f"not installed: {error}")
             return

@@ -110,7 +110,7 @@ NAMES = (
 )
 
 # Of those that wait before they give a body up, or ask again, fewer replies are cut.
-SLOWER = {"azure": 5, **dict.fromkeys(OBJECT_STORES, 5)}
+SLOWER = {"azure": 15, "netlify-api": 4, "netlify-edge": 2, **dict.fromkeys(OBJECT_STORES, 5)}
 
 # What an SDK leaves open when its reply was cut, it leaves to the garbage collector.
 pytestmark = [
