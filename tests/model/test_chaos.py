@@ -1,4 +1,7 @@
-"""Workers on one SQLite file, killed at random: no two jobs overlap within their leases."""
+"""Workers on one store, killed at random: no two jobs overlap within their leases.
+
+Here on a SQLite file; `tests.integration.test_chaos` does the same on servers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import random
 import signal
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,6 +22,7 @@ import pytest
 
 from joblock import (
     Acquired,
+    ConditionalBlobStore,
     JobLockHeldError,
     JobLockLostError,
     acquire_job_lock,
@@ -27,6 +31,7 @@ from joblock import (
     resume_job_lock,
 )
 from joblock._record import epoch_ms
+from joblock.stores import open_store
 from joblock.stores.sqlite import SqliteBlobStore
 
 WORKERS = 6
@@ -74,11 +79,22 @@ class Witness:
         self.mine.write_text(f"{job_id} {deadline}")
 
 
+@contextlib.contextmanager
+def opened(folder: Path) -> Generator[ConditionalBlobStore]:
+    """The store that the file `url` names, or else a SQLite file."""
+    url = folder / "url"
+    if url.exists():
+        yield open_store(url.read_text())
+    else:
+        with SqliteBlobStore(folder / "jobs.db") as store:
+            yield store
+
+
 def work(folder: Path, seed: int) -> None:
     """Acquire, renew and release until killed; report an overlap in a file of its own."""
     rng = random.Random(seed)
     try:
-        with SqliteBlobStore(folder / "jobs.db") as store:
+        with opened(folder) as store:
             while True:
                 one_job(store, folder, rng, f"vault-{rng.randrange(VAULTS)}")
     except BaseException as error:
@@ -86,7 +102,7 @@ def work(folder: Path, seed: int) -> None:
         raise
 
 
-def one_job(store: SqliteBlobStore, folder: Path, rng: random.Random, vault: str) -> None:
+def one_job(store: ConditionalBlobStore, folder: Path, rng: random.Random, vault: str) -> None:
     lock = acquire_job_lock(store, "u", vault, ttl_ms=TTL_MS)
     if not lock:
         time.sleep(0.001)
@@ -139,24 +155,29 @@ def kill_at_random(
     return kills
 
 
-def test_killed_workers_never_overlap(tmp_path: Path) -> None:
-    """And afterwards the file is sound, and every key can be acquired."""
+def kill_workers(folder: Path) -> None:
+    """No two jobs overlap, and afterwards every key can be acquired."""
 
     def done() -> bytes:
-        file = tmp_path / "done"
+        file = folder / "done"
         return file.read_bytes() if file.exists() else b""
 
-    kills = kill_at_random(tmp_path, work, lambda: {*b"at"} <= {*done()})
+    kills = kill_at_random(folder, work, lambda: {*b"at"} <= {*done()})
     print(f"{kills} kills, {len(done())} jobs, {done().count(b't')} takeovers")
     assert done().count(b"t") > 0, "no lock was ever taken over"
     assert done().count(b"a") > 0
+    later = epoch_ms() + TTL_MS
+    with opened(folder) as store:
+        for vault in range(VAULTS):
+            assert acquire_job_lock(store, "u", f"vault-{vault}", clock=lambda: later)
+
+
+def test_killed_workers_never_overlap(tmp_path: Path) -> None:
+    """And afterwards the file is sound."""
+    kill_workers(tmp_path)
     connection = sqlite3.connect(tmp_path / "jobs.db")
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
-    later = epoch_ms() + TTL_MS
-    with SqliteBlobStore(tmp_path / "jobs.db") as store:
-        for vault in range(VAULTS):
-            assert acquire_job_lock(store, "u", f"vault-{vault}", clock=lambda: later)
 
 
 def deliver(folder: Path, seed: int) -> None:
@@ -164,7 +185,7 @@ def deliver(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     try:
         with (
-            SqliteBlobStore(folder / "jobs.db") as store,
+            opened(folder) as store,
             (folder / f"runs-{seed}").open("ab", buffering=0) as log,
         ):
             while True:
@@ -183,7 +204,7 @@ def deliver(folder: Path, seed: int) -> None:
 
 
 def one_run(
-    store: SqliteBlobStore, rng: random.Random, vault: str, job_id: str, log: BinaryIO
+    store: ConditionalBlobStore, rng: random.Random, vault: str, job_id: str, log: BinaryIO
 ) -> None:
     keywords: dict[str, Any] = {"ttl_ms": TTL_MS, "renew_every_ms": TTL_MS / 4}
     with resume_job_lock(store, "u", vault, expected_job_id=job_id, **keywords) as lock:
@@ -227,21 +248,26 @@ def overlaps(runs: list[Run]) -> list[tuple[Run, Run]]:
     return [(a, b) for a, b in pairs if a.vault == b.vault and b.begun <= a.ended]
 
 
-def test_killed_runs_never_overlap(tmp_path: Path) -> None:
+def kill_runs(folder: Path) -> None:
     """Each job is delivered to every worker at once, again and again: one run at a time."""
 
     def again() -> list[Run]:
-        return [run for run in runs_of(tmp_path) if run.kind == "again"]
+        return [run for run in runs_of(folder) if run.kind == "again"]
 
     def jobs() -> set[str]:
-        return {run.job for run in runs_of(tmp_path)}
+        return {run.job for run in runs_of(folder)}
 
-    kills = kill_at_random(tmp_path, deliver, lambda: bool(again()) and len(jobs()) > VAULTS)
-    runs = runs_of(tmp_path)
+    kills = kill_at_random(folder, deliver, lambda: bool(again()) and len(jobs()) > VAULTS)
+    runs = runs_of(folder)
     assert overlaps(runs) == []
     print(f"{kills} kills, {len(jobs())} jobs, {len(runs)} runs, {len(again())} after a dead run")
     assert again(), "no job was run again after its run was killed"
     assert len(runs) > len(jobs()) > VAULTS
+
+
+def test_killed_runs_never_overlap(tmp_path: Path) -> None:
+    """On one file."""
+    kill_runs(tmp_path)
 
 
 def test_the_runs_would_show_an_overlap(tmp_path: Path) -> None:
