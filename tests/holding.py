@@ -93,7 +93,9 @@ BRIEF: dict[str, Any] = {"ttl_ms": 300, "renew_every_ms": 10}
 def make_keeper(store: BlobStore, **keywords: Any) -> Keeper:
     """What `hold_job_lock` makes of its arguments."""
     made: dict[str, Any] = {
-        "take": partial(_protocol.acquire, described=JobLockRecord(None, UID, VAULT)),
+        "take": partial(
+            _protocol.acquire, described=partial(JobLockRecord, canister_uid=UID, vault_id=VAULT)
+        ),
         "renew_every_ms": None,
         "ttl_ms": MINUTE,
         "wait_ms": 0,

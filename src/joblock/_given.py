@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Integral, Real
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -80,15 +81,17 @@ def described(
     estimated_seconds: float | None,
     reason: str | None,
     extra: Mapping[str, JsonValue] | None,
-) -> JobLockRecord:
-    """Return what a new lock's record says of its job; as the original, null for a wrong type.
+) -> Callable[..., JobLockRecord]:
+    """Return what makes a new lock's record, which says of its job what is given.
+
+    As the original, it says null for a wrong type.
 
     Raises ValueError for an `extra` that would not come back from the store as it is.
     """
-    return JobLockRecord(
-        None,
-        canister_uid,
-        vault_id,
+    return partial(
+        JobLockRecord,
+        canister_uid=canister_uid,
+        vault_id=vault_id,
         actor_uid=_recorded("actor_uid", actor_uid, as_text(actor_uid)),
         chunks_to_embed=_recorded("chunks_to_embed", chunks_to_embed, number(chunks_to_embed)),
         estimated_seconds=_recorded(

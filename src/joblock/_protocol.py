@@ -65,7 +65,7 @@ async def acquire(
     canister_uid: str,
     vault_id: str,
     *,
-    described: JobLockRecord,
+    described: Callable[..., JobLockRecord],
     ttl_ms: float,
     at_most_ms: float | None = None,
     clock_skew_ms: float,
@@ -80,7 +80,7 @@ async def acquire(
 
     def new_record(job_id: str, now_ms: float) -> JobLockRecord:
         expires_at = _deadline(now_ms, now_ms + ttl_ms, at_most_ms)
-        return described.__replace__(job_id=job_id, started_at=now_ms, expires_at=expires_at)
+        return described(job_id, started_at=now_ms, expires_at=expires_at)
 
     if not is_conditional(store):
         now_ms = _now(clock)

@@ -11,6 +11,7 @@ cannot say whether its write took effect must raise.
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from functools import lru_cache
 from typing import Any, Protocol, TypeGuard, TypeVar, overload
 
 from ._value import Value, assign
@@ -126,13 +127,20 @@ def is_conditional(store: object) -> bool:
     return callable(getattr(store, "set_if_new", None))
 
 
+@lru_cache(maxsize=64)  # a class is asked once: this is a tenth of an acquire in memory
+def _lacks(store_type: type, methods: tuple[str, ...]) -> bool:
+    return not all(callable(getattr(store_type, name, None)) for name in methods)
+
+
 def require(store: object, methods: tuple[str, ...]) -> None:
     """Raise TypeError unless the store has these methods, and all the conditional ones or none.
 
     Some of them but not all is a mistake, which must not silently cost the guarantee.
     """
-    every = methods + CONDITIONAL
-    missing = [name for name in every if not callable(getattr(store, name, None))]
+    store_type: Any = type(store)
+    if not _lacks(store_type, methods + CONDITIONAL):
+        return
+    missing = [name for name in methods + CONDITIONAL if not callable(getattr(store, name, None))]
     if not missing or missing == [*CONDITIONAL]:
         return
     lacking = [name for name in missing if name in methods]

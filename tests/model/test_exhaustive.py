@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def acquiring(*, id_is_new: bool) -> Algorithm:
             store,
             uid,
             vault,
-            described=JobLockRecord(None, uid, vault),
+            described=partial(JobLockRecord, canister_uid=uid, vault_id=vault),
             ttl_ms=ttl_ms,
             clock_skew_ms=0,
             clock=clock,

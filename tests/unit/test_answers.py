@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -266,7 +267,7 @@ class TestRefusedByItsOwnWrite:
                 async_view(RepeatsItself()),
                 UID,
                 VAULT,
-                described=JobLockRecord(None, UID, VAULT),
+                described=partial(JobLockRecord, canister_uid=UID, vault_id=VAULT),
                 ttl_ms=1000,
                 clock_skew_ms=0,
                 clock=lambda: 0,
