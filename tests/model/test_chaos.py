@@ -25,6 +25,7 @@ from joblock import (
     ConditionalBlobStore,
     JobLockHeldError,
     JobLockLostError,
+    JobLockRecord,
     acquire_job_lock,
     release_job_lock,
     renew_job_lock,
@@ -45,10 +46,11 @@ class Overlap(Exception):  # noqa: N818
 
 
 class Witness:
-    """A file that is there for as long as a job has the lock: `job id, deadline`.
+    """A file that is there for as long as a job has the lock: its id, and its lease's two ends.
 
-    It is created exclusively. A successor may replace it once the deadline in it has passed: of a
-    job that crashed, or that the machine held up for longer than its lease after it last looked.
+    It is created exclusively. One whose lease has nothing of one's own may be replaced: it is of a
+    job that crashed, or the machine held somebody up for longer than the lease after it last
+    looked.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,27 +58,28 @@ class Witness:
         self.mine = path.with_name(f"{path.name}-{os.getpid()}")
 
     def enter(self, lock: Acquired) -> None:
-        self._write(lock.job_id, lock.record.expires_at)
+        self._write(lock.record)
+        mine = lock.record
         while True:
             with contextlib.suppress(FileNotFoundError):
-                job, deadline = self.path.read_text().split()
-                if float(deadline) > (lock.record.started_at or 0):
-                    raise Overlap(f"{lock.job_id} began before {deadline}, in the lease of {job}")
+                job, begun, ends = self.path.read_text().split()
+                if float(ends) > (mine.started_at or 0) and float(begun) < (mine.expires_at or 0):
+                    raise Overlap(f"{mine.job_id} began at {mine.started_at}, in {job}'s lease")
                 self.path.unlink()
             with contextlib.suppress(FileExistsError):
                 os.link(self.mine, self.path)  # exclusive, and with its content at once
                 return
 
-    def renew(self, job_id: str, deadline: float | None) -> None:
-        self._write(job_id, deadline)
+    def renew(self, record: JobLockRecord) -> None:
+        self._write(record)
         self.mine.replace(self.path)
 
     def leave(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def _write(self, job_id: str, deadline: float | None) -> None:
+    def _write(self, record: JobLockRecord) -> None:
         self.mine.unlink(missing_ok=True)  # it may be a second name of a witness
-        self.mine.write_text(f"{job_id} {deadline}")
+        self.mine.write_text(f"{record.job_id} {record.started_at} {record.expires_at}")
 
 
 @contextlib.contextmanager
@@ -116,7 +119,7 @@ def one_job(store: ConditionalBlobStore, folder: Path, rng: random.Random, vault
     renewed = renew_job_lock(store, "u", vault, expected_job_id=lock.job_id, ttl_ms=TTL_MS)
     if not renewed or epoch_ms() > (renewed.record.expires_at or 0) - TTL_MS / 2:
         return  # lost, or too late to be sure: the lease is left to expire
-    witness.renew(lock.job_id, renewed.record.expires_at)
+    witness.renew(renewed.record)
     time.sleep(rng.random() * 0.01)
     if epoch_ms() > (renewed.record.expires_at or 0) - TTL_MS / 2:
         return
@@ -290,5 +293,5 @@ def test_the_witness_would_notice_an_overlap(tmp_path: Path) -> None:
         witness = Witness(tmp_path / "witness")
         witness.enter(first)
         for took_over in (None, first.record):
-            with pytest.raises(Overlap, match=f"in the lease of {first.job_id}"):
+            with pytest.raises(Overlap, match=f"in {first.job_id}'s lease"):
                 witness.enter(Acquired(second.job_id, second.record, second.etag, took_over))
