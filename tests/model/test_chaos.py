@@ -58,13 +58,14 @@ class Witness:
         self.mine = path.with_name(f"{path.name}-{os.getpid()}")
 
     def enter(self, lock: Acquired) -> None:
-        self._write(lock.record)
-        mine = lock.record
+        # Not `started_at`: that was read before the lock was written, and perhaps long before.
+        now_ms, mine = epoch_ms(), lock.record
+        self._write(mine)
         while True:
             with contextlib.suppress(FileNotFoundError):
                 job, begun, ends = self.path.read_text().split()
-                if float(ends) > (mine.started_at or 0) and float(begun) < (mine.expires_at or 0):
-                    raise Overlap(f"{mine.job_id} began at {mine.started_at}, in {job}'s lease")
+                if float(ends) > now_ms and float(begun) < (mine.expires_at or 0):
+                    raise Overlap(f"{mine.job_id} has the lock at {now_ms}, in {job}'s lease")
                 self.path.unlink()
             with contextlib.suppress(FileExistsError):
                 os.link(self.mine, self.path)  # exclusive, and with its content at once
