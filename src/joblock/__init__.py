@@ -17,7 +17,14 @@ from ._errors import (
 from ._given import Duration
 from ._hold import OwnedJobLock, hold_job_lock, resume_job_lock
 from ._ids import job_lock_key
-from ._locks import acquire_job_lock, peek_job_lock, release_job_lock, renew_job_lock
+from ._locks import (
+    acquire_job_lock,
+    list_job_locks,
+    peek_job_lock,
+    release_job_lock,
+    renew_job_lock,
+    sweep_job_locks,
+)
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
 from ._results import Acquired, Held, Lost, NotOwned, ReleaseResult, Renewed
@@ -62,10 +69,12 @@ __all__ = [
     "epoch_ms",
     "hold_job_lock",
     "job_lock_key",
+    "list_job_locks",
     "peek_job_lock",
     "release_job_lock",
     "renew_job_lock",
     "resume_job_lock",
+    "sweep_job_locks",
 ]
 
 # Pickles, reprs and tracebacks then name the door, not the file behind it, which may be renamed.

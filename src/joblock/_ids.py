@@ -24,6 +24,14 @@ def job_lock_key(canister_uid: str, vault_id: str) -> str:
     return "".join(("index-jobs/", canister_uid, "/", vault_id, ".json"))
 
 
+def job_lock_prefix(canister_uid: str | None) -> str:
+    """Return what the keys of all locks, or of all of this user's, begin with."""
+    if canister_uid is None:
+        return "index-jobs/"
+    _check_id("canister_uid", canister_uid)
+    return "".join(("index-jobs/", canister_uid, "/"))
+
+
 def new_id(uuid_factory: Callable[[], uuid.UUID | str], kind: str) -> str:
     """Return a new id of a job or a run, which must come back from the store as it was written."""
     made = uuid_factory()

@@ -7,11 +7,12 @@ whose methods are `async def` and never suspend, so one `send` runs a coroutine 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from . import _protocol
 from ._given import Duration, described, lenient_ttl, not_negative, positive
+from ._ids import job_lock_prefix
 from ._protocol import JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
@@ -22,6 +23,9 @@ from ._store import (
     ConditionalBlobStore,
     blocking,
     is_conditional,
+    leaves_null,
+    lister,
+    not_sweepable,
     require,
     run,
 )
@@ -203,6 +207,61 @@ def view(store: BlobStore, needed: tuple[str, ...]) -> AsyncBlobStore:
     """Show a blocking store, which must have the methods `needed`, as an async one."""
     require(store, needed)
     return _ConditionalView(store) if is_conditional(store) else _PlainView(store)
+
+
+def list_job_locks(store: BlobStore, canister_uid: str | None = None) -> Iterator[JobLockRecord]:
+    """Yield the records of all locks, or of one user's, live or not, in no order.
+
+    Each is read once, when it is its turn: what vanishes in the meantime, and what is no record, is
+    left out. `store` needs `get` and `list_keys(prefix)`, which every store that ships has.
+
+    Raises:
+        InvalidIdError: `canister_uid` cannot be part of a lock's key.
+        TypeError: the store lacks a method or is async.
+        Exception: what the store raised; the listing ends with it.
+    """
+    viewed, keys = view(store, _protocol.LIST_NEEDS), lister(store)
+    return _listed(viewed, keys, job_lock_prefix(canister_uid))
+
+
+def _listed(
+    store: AsyncBlobStore, list_keys: Callable[[str], Iterable[str]], prefix: str
+) -> Iterator[JobLockRecord]:
+    for key in blocking(list_keys(prefix)):
+        record = run(_protocol.listed(store, key))
+        if record is not None:
+            yield record
+
+
+def sweep_job_locks(
+    store: BlobStore,
+    *,
+    expired_for_ms: float | Duration,
+    canister_uid: str | None = None,
+    clock: Callable[[], float] = epoch_ms,
+) -> int:
+    """Remove the locks whose lease has been over for so long; return how many that were.
+
+    Of all users, or of one. Each is read, and removed only if it has not changed since: a lock that
+    is renewed, resumed or taken over meanwhile stays. Records of jobs that ended and `null`s that a
+    release left are removed as well, but never what has no deadline and is none of joblock's. A
+    late delivery of a job whose lock was removed is told that it is gone.
+
+    `expired_for_ms` is milliseconds or a `timedelta`, 0 or more, by `clock`.
+
+    Raises:
+        InvalidIdError: `canister_uid` cannot be part of a lock's key. Nothing was removed.
+        ValueError: `expired_for_ms` is negative or not finite. Nothing was removed.
+        TypeError: the store lacks a method, is async, or cannot delete under a condition. Nothing
+            was removed.
+        Exception: what the store raised. What was removed by then is gone; sweeping again is safe.
+    """
+    viewed, list_keys = view(store, _protocol.HOLD_NEEDS), lister(store)
+    if not is_conditional(viewed) or leaves_null(store):
+        raise not_sweepable(store)
+    by = _protocol.expired_by(not_negative("expired_for_ms", expired_for_ms), clock)
+    keys: Iterable[str] = blocking(list_keys(job_lock_prefix(canister_uid)))
+    return sum(run(_protocol.sweep(viewed, key, expired_by=by)) for key in keys)
 
 
 class _PlainView(Generic[S]):

@@ -27,7 +27,14 @@ from ._ids import check_text, job_lock_key, new_id
 from ._log import debug, warning
 from ._record import JobLockRecord, as_number, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
-from ._store import AsyncBlobStore, AsyncConditionalBlobStore, Blob, WrongStoreError, is_conditional
+from ._store import (
+    TOMBSTONE,
+    AsyncBlobStore,
+    AsyncConditionalBlobStore,
+    Blob,
+    WrongStoreError,
+    is_conditional,
+)
 
 JOB_LOCK_TTL_MS = 16 * 60 * 1000
 """Milliseconds: just past the 15 minutes that the original's background functions may run."""
@@ -42,7 +49,7 @@ ROUNDS = 16
 RELEASED = ReleaseResult(released=True)
 
 ACQUIRE_NEEDS = RENEW_NEEDS = ("get", "set")
-PEEK_NEEDS = ("get",)
+PEEK_NEEDS = LIST_NEEDS = ("get",)
 HOLD_NEEDS = ("get", "set", "delete")
 
 
@@ -207,6 +214,31 @@ async def look(
     if current is not None and current.is_live(now_ms - clock_skew_ms):
         return Held(current, now_ms, clock_skew_ms)
     return None
+
+
+async def listed(store: AsyncBlobStore, key: str) -> JobLockRecord | None:
+    """The record under a key that was listed, or None if it is gone by now, or is no record."""
+    value = await store.get(key)
+    if is_conditional(store):
+        _check_value(value)
+    record = JobLockRecord.from_json(value)
+    return None if record is None or record.job_id is None else record
+
+
+async def sweep(store: AsyncConditionalBlobStore, key: str, *, expired_by: float) -> bool:
+    """Remove what is there, as it was read, if its lease was over at `expired_by`."""
+    blob = await _read(store, key)
+    if blob is None:
+        return False
+    if not _is_text(blob.value, TOMBSTONE):  # which has no time: nobody waits for it
+        record = JobLockRecord.from_json(blob.value)
+        if record is None or record.expires_at is None or record.expires_at > expired_by:
+            return False
+    return _deleted(await store.delete_if_match(key, blob.etag))
+
+
+def expired_by(expired_for_ms: float, clock: Callable[[], float]) -> float:
+    return _now(clock) - expired_for_ms
 
 
 async def renew(

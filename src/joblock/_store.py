@@ -10,7 +10,7 @@ cannot say whether its write took effect must raise.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from typing import Any, Protocol, TypeGuard, TypeVar, overload
 
@@ -151,6 +151,31 @@ def require(store: object, methods: tuple[str, ...]) -> None:
         )
     raise WrongStoreError(
         f"{type(store).__name__} has some conditional methods but lacks {', '.join(missing)}"
+    )
+
+
+def lister(store: object) -> Callable[[str], Any]:
+    """Return the store's `list_keys`; raise TypeError if it has none."""
+    list_keys: Callable[[str], Any] | None = getattr(store, "list_keys", None)
+    if not callable(list_keys):
+        raise WrongStoreError(f"{type(store).__name__} has no list_keys, so nothing can be listed")
+    return list_keys
+
+
+def leaves_null(store: object) -> bool:
+    """Whether it writes `TOMBSTONE` where it should delete, as its service can do no better."""
+    return bool(getattr(store, "leaves_null", False))
+
+
+def not_sweepable(store: object) -> WrongStoreError:
+    """Return why a sweep of this store could remove a live lock, or nothing at all."""
+    name = type(store).__name__
+    if leaves_null(store):
+        return WrongStoreError(
+            f"{name} has no conditional delete: it writes null instead, which a sweep cannot remove"
+        )
+    return WrongStoreError(
+        f"{name} cannot delete under a condition: a sweep could remove a lock that was just taken"
     )
 
 

@@ -33,7 +33,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 from . import _protocol
 from ._given import Duration, described, lenient_ttl, not_negative, positive
 from ._hold import OwnedJobLock
-from ._ids import check_text, job_lock_key
+from ._ids import check_text, job_lock_key, job_lock_prefix
 from ._lease import Keeper, Once, log_unreleased, over, way_out
 from ._locks import view
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
@@ -48,6 +48,9 @@ from ._store import (
     WrongStoreError,
     blocking,
     is_conditional,
+    leaves_null,
+    lister,
+    not_sweepable,
     require,
     run,
 )
@@ -66,11 +69,13 @@ __all__ = [
     "acquire_job_lock",
     "check_store",
     "hold_job_lock",
+    "list_job_locks",
     "open_store",
     "peek_job_lock",
     "release_job_lock",
     "renew_job_lock",
     "resume_job_lock",
+    "sweep_job_locks",
 ]
 
 
@@ -296,6 +301,43 @@ def resume_job_lock(
             uuid_factory=uuid_factory,
         )
     )
+
+
+async def list_job_locks(
+    store: AsyncBlobStore, canister_uid: str | None = None
+) -> AsyncIterator[JobLockRecord]:
+    """As `joblock.list_job_locks`, on an async store: an async iterator.
+
+    Its errors are raised by the first step.
+    """
+    keys = lister(store)(job_lock_prefix(canister_uid))
+    async for key in keys:
+        record = await _begun(store, _protocol.LIST_NEEDS, partial(_protocol.listed, key=key))
+        if record is not None:
+            yield record
+
+
+async def sweep_job_locks(
+    store: AsyncBlobStore,
+    *,
+    expired_for_ms: float | Duration,
+    canister_uid: str | None = None,
+    clock: Callable[[], float] = epoch_ms,
+) -> int:
+    """As `joblock.sweep_job_locks`, on an async store.
+
+    A call that is cancelled may have removed one more lock than it was known to.
+    """
+    _methods(store, _protocol.HOLD_NEEDS)
+    list_keys = lister(store)
+    if not is_conditional(store) or leaves_null(store):
+        raise not_sweepable(store)
+    by = _protocol.expired_by(not_negative("expired_for_ms", expired_for_ms), clock)
+    removed = 0
+    async for key in list_keys(job_lock_prefix(canister_uid)):
+        sweep: Any = partial(_protocol.sweep, key=key, expired_by=by)
+        removed += await _begun(store, _protocol.HOLD_NEEDS, sweep)
+    return removed
 
 
 def open_store(url: str | None = None) -> AsyncBlobStore:
@@ -565,6 +607,7 @@ class ThreadedBlobStore:
                 store.set_if_match
             )
             self.delete_if_match: _Async[[str, str], bool] = threads.calling(store.delete_if_match)
+        self.leaves_null = leaves_null(store)
         listing: Callable[[str], Iterable[str]] | None = getattr(store, "list_keys", None)
         if listing is not None:
             self.list_keys: Callable[[str], AsyncIterator[str]] = threads.iterating(listing)

@@ -30,6 +30,7 @@ from joblock import (
     release_job_lock,
     renew_job_lock,
     resume_job_lock,
+    sweep_job_locks,
 )
 from joblock._record import epoch_ms
 from joblock.stores import open_store
@@ -128,10 +129,24 @@ def one_job(store: ConditionalBlobStore, folder: Path, rng: random.Random, vault
     release_job_lock(store, "u", vault, expected_job_id=lock.job_id, etag=renewed.etag)
 
 
+def sweep(folder: Path) -> None:
+    """Remove every lock as soon as it has expired, until killed; note when one was removed."""
+    try:
+        with opened(folder) as store, (folder / "swept").open("ab", buffering=0) as swept:
+            while True:
+                swept.write(b"s" * sweep_job_locks(store, expired_for_ms=0))
+    except BaseException as error:
+        (folder / "failed-sweep").write_text(repr(error))
+        raise
+
+
 def kill_at_random(
     folder: Path, work: Callable[[Path, int], None], enough: Callable[[], bool]
 ) -> int:
-    """Let workers work, kill one after the other, and start others; return how many were killed."""
+    """Let workers work, kill one after the other, and start others; return how many were killed.
+
+    Beside a process that sweeps, where the folder has a file `swept`.
+    """
     context = multiprocessing.get_context("fork")
     rng = random.Random(os.getpid())
     seeds = iter(range(1_000_000))
@@ -142,6 +157,10 @@ def kill_at_random(
         return worker
 
     workers = [start() for _ in range(WORKERS)]
+    sweeper = context.Process(target=sweep, args=(folder,))
+    if (folder / "swept").exists():
+        sweeper.start()
+        workers.append(sweeper)
     kills = 0
     begun = time.monotonic()
     while time.monotonic() < begun + SECONDS or not (enough() or time.monotonic() > begun + 120):
@@ -272,6 +291,14 @@ def kill_runs(folder: Path) -> None:
 def test_killed_runs_never_overlap(tmp_path: Path) -> None:
     """On one file."""
     kill_runs(tmp_path)
+
+
+@pytest.mark.parametrize("kill", [kill_workers, kill_runs])
+def test_a_sweep_hurts_no_live_lock(tmp_path: Path, kill: Callable[[Path], None]) -> None:
+    """Beside acquires, renewals, takeovers, resumes and requeues without end."""
+    (tmp_path / "swept").touch()
+    kill(tmp_path)
+    assert (tmp_path / "swept").read_bytes()
 
 
 def test_the_runs_would_show_an_overlap(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_s3(url: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
     store: Any = open_store(url)
     assert repr(store) == expected
-    assert store._conditional_delete is ("conditional_delete=false" not in url)
+    assert store.leaves_null is ("conditional_delete=false" in url)
     assert store._client.meta.region_name == "eu-central-1"
     assert store._client.meta.config.read_timeout == 10
     store._client.close()

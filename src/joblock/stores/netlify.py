@@ -65,6 +65,8 @@ class NetlifyBlobStore:
     them with `close()` or `with`.
     """
 
+    leaves_null = True  # for a sweep, which can remove nothing then
+
     def __init__(
         self,
         name: str,

@@ -42,6 +42,8 @@ class ObjectStoreBlobStore:
     Safe from any thread. In a child after fork make a new one: obstore's threads stay behind.
     """
 
+    leaves_null = True  # for a sweep, which can remove nothing then
+
     def __init__(self, store: Any, *, prefix: str = "") -> None:
         self._objects = _Objects(store, prefix, _BLOCKING)
 
@@ -84,6 +86,8 @@ class ObjectStoreBlobStore:
 
 class AsyncObjectStoreBlobStore:
     """As `ObjectStoreBlobStore`, for `joblock.aio` under asyncio."""
+
+    leaves_null = True  # for a sweep, which can remove nothing then
 
     def __init__(self, store: Any, *, prefix: str = "") -> None:
         self._objects = _Objects(store, prefix, _NATIVE)

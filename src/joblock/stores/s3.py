@@ -57,7 +57,7 @@ class S3BlobStore:
         self._pool = Pool(lambda: client)
         self._bucket = bucket
         self._prefix = prefix
-        self._conditional_delete = conditional_delete
+        self.leaves_null = not conditional_delete  # for a sweep, which can remove nothing then
 
     def __repr__(self) -> str:
         return f"S3BlobStore({self._bucket!r}, prefix={self._prefix!r})"
@@ -107,7 +107,7 @@ class S3BlobStore:
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
-        if not self._conditional_delete:
+        if self.leaves_null:
             return self.set_if_match(key, TOMBSTONE, etag) is not None
         if not is_etag(etag):
             return False
