@@ -214,6 +214,7 @@ def test_the_async_one(server: LocalServer, client: Any) -> None:
             refused = await aio.acquire_job_lock(store, UID, VAULT)
             assert held(refused).existing.job_id == lock.job_id
             assert [key async for key in store.list_keys("index-jobs/")] == [KEY]
+            client.script_flush()
         assert await aio.peek_job_lock(store, UID, VAULT) is None
         await store._client.aclose()
 

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import multiprocessing
 import queue
+import runpy
 import signal
 import subprocess
 import sys
@@ -278,15 +279,25 @@ def test_a_table_that_is_not_there(engine: Any) -> None:
     assert "other_locks" in repr(store)
 
 
-def test_the_statement_for_a_migration(server: LocalServer, engine: Any) -> None:
+def test_the_statement_for_a_migration(
+    server: LocalServer,
+    engine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Printed by the module, for a URL; without one it says how."""
     command = [sys.executable, "-m", "joblock.stores.sql"]
     ran = subprocess.run([*command, server.url], capture_output=True, text=True, check=True)
     assert ran.stdout == sql.SqlBlobStore(engine).ddl + ";\n"
     assert ran.stdout.startswith("CREATE TABLE IF NOT EXISTS joblock (")
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout) == (64, "")
-    assert ran.stderr == "usage: python -m joblock.stores.sql URL\n"
+
+    monkeypatch.delitem(sys.modules, "joblock.stores.sql")
+    for arguments, status, shown in (([server.url], 0, ran.stdout), ([], 64, "")):
+        monkeypatch.setattr(sys, "argv", ["sql", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("joblock.stores.sql", run_name="__main__")
+        assert ended.value.code == status
+        assert capsys.readouterr().out == shown
 
 
 def test_the_async_one(server: LocalServer, engine: Any) -> None:
@@ -329,6 +340,32 @@ def test_sqlite(tmp_path: Path) -> None:
         await native.engine.dispose()
 
     asyncio.run(main())
+
+
+def test_a_row_that_comes_between(tmp_path: Path) -> None:
+    """To set is to update or else to insert, again and again, until one of them has written."""
+    store = sql.connect(f"sqlite+pysqlite:///{tmp_path}/jobs.db")
+    store.create_table()
+    insert = store._rows.set_if_new
+
+    def another_was_quicker(key: str, value: str) -> None:
+        store._rows.set_if_new = insert
+        insert(key, "another's")
+
+    store._rows.set_if_new = another_was_quicker
+    store.set(KEY, "mine")
+    assert store.get(KEY) == b"mine"
+    store.engine.dispose()
+
+
+def test_a_child_of_a_fork_drops_its_parents_pool(tmp_path: Path) -> None:
+    """Without closing its connections, before its first statement."""
+    store = sql.connect(f"sqlite+pysqlite:///{tmp_path}/jobs.db")
+    parents = store.engine.pool
+    store._rows._pool._pid = 0  # as if that were another process's
+    store.create_table()
+    assert store.engine.pool is not parents
+    store.engine.dispose()
 
 
 def test_engines_that_are_refused() -> None:

@@ -89,10 +89,13 @@ def opened(folder: Path) -> Generator[ConditionalBlobStore]:
     """The store that the file `url` names, or else a SQLite file."""
     url = folder / "url"
     if url.exists():
-        yield open_store(url.read_text())
+        store: Any = open_store(url.read_text())
+        yield store
+        if hasattr(store, "engine"):
+            store.engine.dispose()
     else:
-        with SqliteBlobStore(folder / "jobs.db") as store:
-            yield store
+        with SqliteBlobStore(folder / "jobs.db") as file:
+            yield file
 
 
 def work(folder: Path, seed: int) -> None:

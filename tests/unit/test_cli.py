@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import queue
 import re
 import runpy
 import shlex
@@ -743,6 +744,15 @@ class TestArguments:
 
         _on_event["sqlite3.connect"] = interrupt
         assert run("peek", UID, VAULT) == (130, "", "")
+
+
+def test_a_childs_end_is_not_the_signal_that_came_early() -> None:
+    """It is of a child that an exec left to this process."""
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    assert _child.early_signal(signals) is None
+    signals.put(signal.SIGCHLD)
+    signals.put(signal.SIGTERM)
+    assert _child.early_signal(signals) == signal.SIGTERM
 
 
 class TestTheDefaultStore:

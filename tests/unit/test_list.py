@@ -225,3 +225,17 @@ def test_what_changes_after_it_was_read_stays() -> None:
     changes.append(resume)
     assert sweep_job_locks(store, expired_for_ms=0) == 0
     assert [it.job_id for it in list_job_locks(store)] == [taken.job_id]
+
+
+def test_what_vanishes_before_it_is_swept_is_not_counted() -> None:
+    """Another sweep was quicker, or the job's own release."""
+
+    class Vanishes(MemoryBlobStore):
+        def get_with_etag(self, key: str) -> Any:
+            self.delete(key)
+            return super().get_with_etag(key)
+
+    store = Vanishes()
+    take(store, "u", "v", 5)
+    assert sweep_job_locks(store, expired_for_ms=0) == 0
+    assert len(store) == 0

@@ -130,11 +130,10 @@ class S3BlobStore:
             place |= {} if token is None else {"ContinuationToken": token}
             self._pool.check()
             response = self._client.list_objects_v2(**place)
-            if "IsTruncated" not in response:
-                raise CutReplyError("a listing that does not say whether it is whole")
+            more = response["IsTruncated"]  # which a reply that was cut does not say
             names = [item["Key"] for item in response.get("Contents", [])]
             keys = [name.removeprefix(self._prefix) for name in names]
-            return keys, response.get("NextContinuationToken")
+            return keys, response["NextContinuationToken"] if more else None
 
         return _RETRY.pages(send)
 
