@@ -17,23 +17,30 @@ from . import (
     InvalidIdError,
     JobLockHeldError,
     JobLockLostError,
+    JobLockRecord,
     OwnedJobLock,
     __version__,
     hold_job_lock,
+    list_job_locks,
     peek_job_lock,
     release_job_lock,
     resume_job_lock,
 )
 from ._child import KILLED_BY, attend, collected_signals, early_signal
 from ._hold import stop_waiting
+from ._locks import swept
 from ._output import (
+    HEADINGS,
     CommandError,
     ascii_json,
     held_by,
     log_to_stderr,
     no_lock,
     print_lines,
+    print_rows,
+    row,
     say,
+    state_of,
     table,
 )
 from ._record import epoch_ms
@@ -64,8 +71,14 @@ class _Arguments(argparse.Namespace):
     at_most: int | None
     grace: int
     reason: str | None
-    # peek
+    conflict_exit_code: int
+    quiet: bool
+    # peek and list
     json: bool
+    state: tuple[str, ...] | None
+    # sweep
+    expired_for: int
+    dry_run: bool
     # release
     job_id: str | None
     force: bool
@@ -121,7 +134,10 @@ def _run(args: _Arguments) -> int:
             early = early_signal(signals)  # it waited no longer
             if early is not None:
                 return KILLED_BY + early
-            raise CommandError(HELD, held_by(args.uid, args.vault, error.existing)) from error
+            if args.quiet:
+                return args.conflict_exit_code
+            message = held_by(args.uid, args.vault, error.existing)
+            raise CommandError(args.conflict_exit_code, message) from error
         except JobLockLostError as error:
             raise CommandError(LOST, f"the lock was lost; the command {ended}") from error
     return status
@@ -168,6 +184,39 @@ def _peek(args: _Arguments) -> int:
     if record is None:
         return NO_LOCK
     return LIVE if record.is_live(now_ms) else EXPIRED
+
+
+def _list(args: _Arguments) -> int:
+    store, now_ms = _open_shared(args.store), epoch_ms()
+    found = (
+        record
+        for record in list_job_locks(store, args.uid)
+        if args.state is None or state_of(record, now_ms) in args.state
+    )
+    if args.json:
+        status = NO_LOCK
+        for record in found:
+            print_lines(ascii_json(record))
+            status = 0
+        return status
+    rows = sorted(row(record, now_ms) for record in found)
+    if rows:
+        print_rows([HEADINGS, *rows])
+    return 0 if rows else NO_LOCK
+
+
+def _sweep(args: _Arguments) -> int:
+    store, now_ms = _open_shared(args.store), epoch_ms()
+    by = now_ms - args.expired_for
+    if args.dry_run:
+        for record in list_job_locks(store, args.uid):
+            if record.expires_at is not None and record.expires_at <= by:
+                print_lines("would remove " + "  ".join(row(record, now_ms)))
+        return 0
+    for key, blob in swept(store, args.uid, by):
+        removed = JobLockRecord.from_json(blob.value)
+        print_lines("removed " + (key if removed is None else "  ".join(row(removed, now_ms))))
+    return 0
 
 
 def _release(args: _Arguments) -> int:
@@ -276,10 +325,42 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="if the lock is lost, how long after SIGTERM to send SIGKILL (default: 10s)",
     )
+    run.add_argument(
+        "--conflict-exit-code",
+        type=_exit_status,
+        default=HELD,
+        metavar="N",
+        help=f"the exit status if the lock is held (default: {HELD}); 0 is for cron",
+    )
+    run.add_argument("--quiet", action="store_true", help="say nothing if the lock is held")
     run.add_argument("--reason", metavar="TEXT", help="recorded in the lock, for people")
 
     peek = _add(commands, "peek", _peek, "show the lock", _PEEK_EXAMPLE)
     peek.add_argument("--json", action="store_true", help="print the record as JSON, or null")
+
+    listing = _add(commands, "list", _list, "show all locks", _LIST_EXAMPLE, ("uid?",))
+    states = listing.add_mutually_exclusive_group()
+    for name, wanted in {
+        "live": ("taken", "running"),
+        "expired": ("expired",),
+        "ended": ("ended",),
+    }.items():
+        about = f"only those that are {' or '.join(wanted)}"
+        states.add_argument(
+            f"--{name}", dest="state", action="store_const", const=wanted, help=about
+        )
+    listing.add_argument("--json", action="store_true", help="print a record in each line, as JSON")
+
+    about = "remove the locks that have been expired for long"
+    sweeping = _add(commands, "sweep", _sweep, about, _SWEEP_EXAMPLE, ("uid?",))
+    sweeping.add_argument(
+        "--expired-for",
+        type=_duration,
+        required=True,
+        metavar="TIME",
+        help="for how long: longer than a queue may take to deliver a job again",
+    )
+    sweeping.add_argument("--dry-run", action="store_true", help="say what would be removed")
 
     release = _add(commands, "release", _release, "remove a lock", _RELEASE_EXAMPLE)
     which = release.add_mutually_exclusive_group(required=True)
@@ -305,8 +386,10 @@ def _parser() -> argparse.ArgumentParser:
 _STATUSES = """\
 exit status:
   run      the command's; 128+n if signal n ended it; 126, 127 if it could not start;
-           75 the lock is held; 76 the lock was lost, or is not to be resumed
+           75 the lock is held, unless --conflict-exit-code says another; 76 the lock was lost,
+           or is not to be resumed
   peek     0 live, 1 no lock, 2 expired
+  list     0 some, 1 none
   release  0 removed, 1 not removed
   doctor   0 all is well, 1 not so
   any      64 wrong arguments, 69 the store failed, 74 the output could not be written
@@ -332,6 +415,20 @@ example:
 _PEEK_EXAMPLE = """\
 example:
   joblock peek user-1 Business
+"""
+_LIST_EXAMPLE = """\
+A lock is taken by a click, or by who holds it without a run of its own; running, once a worker has
+resumed it; ended, and kept for its minimum hold; or expired, so that the next click takes it over.
+
+example:
+  joblock list --live
+"""
+_SWEEP_EXAMPLE = """\
+A lock that is renewed, resumed or taken over in this moment stays. Where the service has no
+conditional delete, as on Netlify, there is nothing to sweep, and it says so.
+
+example:
+  joblock sweep --expired-for 24h --dry-run
 """
 _RELEASE_EXAMPLE = """\
 example:
@@ -363,7 +460,9 @@ def _add(
     )
     parser.set_defaults(action=action)
     for argument in ids:
-        parser.add_argument(argument, metavar=argument.upper())
+        name = argument.rstrip("?")
+        count = "?" if argument.endswith("?") else None
+        parser.add_argument(name, metavar=name.upper(), nargs=count)
     parser.add_argument(
         "--store",
         metavar="URL",
@@ -377,6 +476,12 @@ def _add(
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise CommandError(USAGE, f"{message} (see {self.prog} --help)")
+
+
+def _exit_status(text: str) -> int:
+    if re.fullmatch("[0-9]{1,3}", text) is None or int(text) > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an exit status from 0 to 255")
+    return int(text)
 
 
 _DURATION = re.compile(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?(?:(\d{1,9})ms)?", re.ASCII)

@@ -256,12 +256,21 @@ def sweep_job_locks(
             was removed.
         Exception: what the store raised. What was removed by then is gone; sweeping again is safe.
     """
+    expired_by = _protocol.expired_by(not_negative("expired_for_ms", expired_for_ms), clock)
+    return sum(1 for _ in swept(store, canister_uid, expired_by))
+
+
+def swept(
+    store: BlobStore, canister_uid: str | None, expired_by: float
+) -> Iterator[tuple[str, Blob]]:
+    """Yield the key of each lock that was removed, and what it was."""
     viewed, list_keys = view(store, _protocol.HOLD_NEEDS), lister(store)
     if not is_conditional(viewed) or leaves_null(store):
         raise not_sweepable(store)
-    by = _protocol.expired_by(not_negative("expired_for_ms", expired_for_ms), clock)
-    keys: Iterable[str] = blocking(list_keys(job_lock_prefix(canister_uid)))
-    return sum(run(_protocol.sweep(viewed, key, expired_by=by)) for key in keys)
+    for key in blocking(list_keys(job_lock_prefix(canister_uid))):
+        blob = run(_protocol.sweep(viewed, key, expired_by=expired_by))
+        if blob is not None:
+            yield key, blob
 
 
 class _PlainView(Generic[S]):

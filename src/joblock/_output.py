@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Generator
 
@@ -28,7 +29,7 @@ class CommandError(Exception):
 def table(uid: str, vault: str, record: JobLockRecord, now_ms: float) -> list[str]:
     rows = {
         "lock": f"{uid} / {vault}",
-        "state": _state(record, now_ms),
+        "state": f"{state_of(record, now_ms)}{_advice(record, now_ms)}",
         "job": record.job_id,
         "run": record.run_id,
         "actor": record.actor_uid,
@@ -42,10 +43,48 @@ def table(uid: str, vault: str, record: JobLockRecord, now_ms: float) -> list[st
     return [f"{name:<10}{_short(str(value))}" for name, value in rows.items() if value is not None]
 
 
-def _state(record: JobLockRecord, now_ms: float) -> str:
+def state_of(record: JobLockRecord, now_ms: float) -> str:
     if not record.is_live(now_ms):
-        return "expired: the next run takes it over"
-    return "live" if record.ended_at is None else "ended, and kept for its minimum hold"
+        return "expired"
+    if record.ended_at is not None:
+        return "ended"
+    return "taken" if record.run_id is None else "running"
+
+
+def _advice(record: JobLockRecord, now_ms: float) -> str:
+    if (record.started_at or 0) > now_ms + 60_000:
+        return ", but it began in the future: the clock of its host or of this one was wrong"
+    state = state_of(record, now_ms)
+    return {
+        "expired": ": the next run takes it over",
+        "ended": ", and kept for its minimum hold",
+    }.get(state, "")
+
+
+HEADINGS = ("UID", "VAULT", "STATE", "JOB", "ACTOR", "SINCE", "UNTIL")
+
+
+def row(record: JobLockRecord, now_ms: float) -> tuple[str, ...]:
+    """One lock of many; what is missing is a dash."""
+    cells = (
+        record.canister_uid,
+        record.vault_id,
+        state_of(record, now_ms),
+        record.job_id,
+        record.actor_uid,
+        utc(record.started_at),
+        utc(record.expires_at),
+    )
+    return tuple("-" if cell is None else _short(_printable(cell), 80) for cell in cells)
+
+
+def print_rows(rows: list[tuple[str, ...]]) -> None:
+    """In columns, each as wide as its widest cell; at a terminal no line is longer than that."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    longest = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
+    for cells in rows:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print_lines("  ".join(padded).rstrip()[:longest])
 
 
 def no_lock(uid: str, vault: str, store: BlobStore) -> str:

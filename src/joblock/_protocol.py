@@ -225,16 +225,16 @@ async def listed(store: AsyncBlobStore, key: str) -> JobLockRecord | None:
     return None if record is None or record.job_id is None else record
 
 
-async def sweep(store: AsyncConditionalBlobStore, key: str, *, expired_by: float) -> bool:
-    """Remove what is there, as it was read, if its lease was over at `expired_by`."""
+async def sweep(store: AsyncConditionalBlobStore, key: str, *, expired_by: float) -> Blob | None:
+    """Remove what is there, if its lease was over at `expired_by`, and return it; else None."""
     blob = await _read(store, key)
     if blob is None:
-        return False
+        return None
     if not _is_text(blob.value, TOMBSTONE):  # which has no time: nobody waits for it
         record = JobLockRecord.from_json(blob.value)
         if record is None or record.expires_at is None or record.expires_at > expired_by:
-            return False
-    return _deleted(await store.delete_if_match(key, blob.etag))
+            return None
+    return blob if _deleted(await store.delete_if_match(key, blob.etag)) else None
 
 
 def expired_by(expired_for_ms: float, clock: Callable[[], float]) -> float:

@@ -336,7 +336,8 @@ async def sweep_job_locks(
     removed = 0
     async for key in list_keys(job_lock_prefix(canister_uid)):
         sweep: Any = partial(_protocol.sweep, key=key, expired_by=by)
-        removed += await _begun(store, _protocol.HOLD_NEEDS, sweep)
+        if await _begun(store, _protocol.HOLD_NEEDS, sweep) is not None:
+            removed += 1
     return removed
 
 
@@ -607,7 +608,7 @@ class ThreadedBlobStore:
                 store.set_if_match
             )
             self.delete_if_match: _Async[[str, str], bool] = threads.calling(store.delete_if_match)
-        self.leaves_null = leaves_null(store)
+        self.leaves_null: bool = leaves_null(store)
         listing: Callable[[str], Iterable[str]] | None = getattr(store, "list_keys", None)
         if listing is not None:
             self.list_keys: Callable[[str], AsyncIterator[str]] = threads.iterating(listing)

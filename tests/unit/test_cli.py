@@ -25,7 +25,16 @@ from typing import Any, TypeAlias
 import pytest
 
 import joblock
-from joblock import JobLockRecord, _child, _output, acquire_job_lock, peek_job_lock, stores
+from joblock import (
+    JobLockRecord,
+    _child,
+    _output,
+    acquire_job_lock,
+    job_lock_key,
+    list_job_locks,
+    peek_job_lock,
+    stores,
+)
 from joblock import _cli as cli
 from joblock._record import epoch_ms
 from joblock.stores.sqlite import SqliteBlobStore
@@ -411,7 +420,7 @@ class TestPeek:
         assert (status, err) == (0, "")
         assert re.sub(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", "DATE", out) == (
             "lock      user-1 / Business\n"
-            "state     live\n"
+            "state     taken\n"
             "job       job-1\n"
             "reason    re-index\n"
             "chunks    120\n"
@@ -753,6 +762,120 @@ def test_a_childs_end_is_not_the_signal_that_came_early() -> None:
     signals.put(signal.SIGCHLD)
     signals.put(signal.SIGTERM)
     assert _child.early_signal(signals) == signal.SIGTERM
+
+
+def take(store: SqliteBlobStore, vault: str, **fields: Any) -> JobLockRecord:
+    """A lock of that vault, as another wrote it."""
+    values: dict[str, Any] = {"job_id": f"job-{vault}", "canister_uid": UID, "vault_id": vault}
+    record = JobLockRecord(**(values | fields))
+    store.set(job_lock_key(UID, vault), record.to_json())
+    return record
+
+
+@pytest.fixture
+def one_of_each(store: SqliteBlobStore) -> dict[str, JobLockRecord]:
+    now = epoch_ms()
+    live = {"started_at": now, "expires_at": now + 3_600_000}
+    return {
+        "taken": take(store, "a", actor_uid="host\n7", **live),
+        "running": take(store, "b", run_id="run-1", **live),
+        "ended": take(store, "c", ended_at=now, **live),
+        "expired": take(store, "d", started_at=0, expires_at=1000),
+    }
+
+
+class TestList:
+    def test_a_line_for_each(self, run: Run, one_of_each: dict[str, JobLockRecord]) -> None:
+        """In columns, with what it is, and with nothing that a terminal would act on."""
+        status, out, err = run("list")
+        heading, *lines = out.splitlines()
+        assert (status, err) == (0, "")
+        assert heading.split() == ["UID", "VAULT", "STATE", "JOB", "ACTOR", "SINCE", "UNTIL"]
+        assert [line.split()[2] for line in lines] == list(one_of_each)
+        assert {line.index(state) for line, state in zip(lines, one_of_each, strict=True)} == {
+            heading.index("STATE")
+        }
+        assert "host\\n7" in lines[0]
+        assert lines[3].endswith("1970-01-01 00:00:00 UTC  1970-01-01 00:00:01 UTC")
+
+    @pytest.mark.parametrize(
+        ("option", "states"),
+        [
+            ("--live", ["taken", "running"]),
+            ("--ended", ["ended"]),
+            ("--expired", ["expired"]),
+        ],
+    )
+    def test_only_some(
+        self, run: Run, one_of_each: dict[str, JobLockRecord], option: str, states: list[str]
+    ) -> None:
+        """By state; as JSON, a line each, for programs."""
+        lines = run("list", UID, option)[1].splitlines()
+        assert [line.split()[2] for line in lines[1:]] == states
+        records = [json.loads(line) for line in run("list", option, "--json")[1].splitlines()]
+        assert records == [one_of_each[state].to_dict() for state in states]
+
+    def test_none(self, run: Run, store: SqliteBlobStore) -> None:
+        """As grep: status 1, and nothing printed."""
+        assert run("list") == (1, "", "")
+        take(store, "a", expires_at=1)
+        assert run("list", "--live") == (1, "", "")
+        assert run("list", "other", "--json") == (1, "", "")
+        assert run("list", "a/b")[0] == 64
+
+    def test_at_a_terminal(
+        self, run: Run, one_of_each: dict[str, JobLockRecord], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No line is longer than it is wide."""
+        assert one_of_each
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", "40")
+        assert max(map(len, run("list")[1].splitlines())) == 40
+
+    def test_a_lock_from_the_future(self, run: Run, store: SqliteBlobStore) -> None:
+        """A clock was wrong, and nobody else will say so."""
+        put(store, started_at=epoch_ms() + 1e10, expires_at=epoch_ms() + 2e10)
+        assert "began in the future: the clock" in run("peek", UID, VAULT)[1]
+
+
+class TestSweep:
+    def test_what_is_expired_for_so_long(
+        self, run: Run, store: SqliteBlobStore, one_of_each: dict[str, JobLockRecord]
+    ) -> None:
+        """It says what it removed, or would remove."""
+        take(store, "young", expires_at=epoch_ms() - 60_000)
+        store.set(job_lock_key(UID, "released"), "null")
+        shown = f"{UID}  d  expired  job-d  -  1970-01-01 00:00:00 UTC  1970-01-01 00:00:01 UTC\n"
+        status, out, _ = run("sweep", "--expired-for", "1h", "--dry-run")
+        assert (status, out) == (0, f"would remove {shown}")
+        assert run("sweep", "other", "--expired-for", "1h") == (0, "", "")
+        status, out, _ = run("sweep", "--expired-for", "1h")
+        assert status == 0
+        assert out == f"removed {shown}removed {job_lock_key(UID, 'released')}\n"
+        assert {it.vault_id for it in list_job_locks(store)} == {"a", "b", "c", "young"}
+        assert one_of_each["expired"].vault_id == "d"
+
+    def test_it_must_say_for_how_long(self, run: Run) -> None:
+        """There is no good default: a queue may deliver a job again after a day."""
+        status, _, err = run("sweep")
+        assert (status, "--expired-for" in err) == (64, True)
+
+
+class TestARefusal:
+    def test_with_a_status_of_ones_own(self, run: Run, store: SqliteBlobStore) -> None:
+        """For cron, which mails whatever is said and counts what is not 0."""
+        acquired(acquire_job_lock(store, UID, VAULT))
+        words = ("run", UID, VAULT, "--conflict-exit-code", "0")
+        status, out, err = run(*words, "--", "false")
+        assert (status, out, err.startswith(f"joblock: {UID} / {VAULT} is held")) == (0, "", True)
+        assert run(*words, "--quiet", "--", "false") == (0, "", "")
+        assert run("run", UID, VAULT, "--quiet", "--", "false") == (75, "", "")
+
+    @pytest.mark.parametrize("bad", ["256", "-1", "x", "", "1.5"])
+    def test_a_status_that_is_none(self, run: Run, bad: str) -> None:
+        """Nothing is run."""
+        status, _, err = run("run", UID, VAULT, f"--conflict-exit-code={bad}", "--", "false")
+        assert (status, "not an exit status from 0 to 255" in err) == (64, True)
 
 
 class TestTheDefaultStore:

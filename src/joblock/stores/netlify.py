@@ -65,7 +65,7 @@ class NetlifyBlobStore:
     them with `close()` or `with`.
     """
 
-    leaves_null = True  # for a sweep, which can remove nothing then
+    leaves_null = True  # so that a sweep is refused
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class ObjectStoreBlobStore:
     Safe from any thread. In a child after fork make a new one: obstore's threads stay behind.
     """
 
-    leaves_null = True  # for a sweep, which can remove nothing then
+    leaves_null = True  # so that a sweep is refused
 
     def __init__(self, store: Any, *, prefix: str = "") -> None:
         self._objects = _Objects(store, prefix, _BLOCKING)
@@ -87,7 +87,7 @@ class ObjectStoreBlobStore:
 class AsyncObjectStoreBlobStore:
     """As `ObjectStoreBlobStore`, for `joblock.aio` under asyncio."""
 
-    leaves_null = True  # for a sweep, which can remove nothing then
+    leaves_null = True  # so that a sweep is refused
 
     def __init__(self, store: Any, *, prefix: str = "") -> None:
         self._objects = _Objects(store, prefix, _NATIVE)

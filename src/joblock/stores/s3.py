@@ -57,7 +57,9 @@ class S3BlobStore:
         self._pool = Pool(lambda: client)
         self._bucket = bucket
         self._prefix = prefix
-        self.leaves_null = not conditional_delete  # for a sweep, which can remove nothing then
+        self.leaves_null: bool = (
+            not conditional_delete
+        )  # for a sweep, which can remove nothing then
 
     def __repr__(self) -> str:
         return f"S3BlobStore({self._bucket!r}, prefix={self._prefix!r})"
