@@ -31,6 +31,7 @@ try:
         String,
         Table,
         Text,
+        bindparam,
         create_engine,
         delete,
         insert,
@@ -229,7 +230,7 @@ class AsyncSqlBlobStore:
 
 
 class _Rows:
-    """The statements. SQLAlchemy runs the same code for both kinds of engine."""
+    """The statements, made once. SQLAlchemy runs the same code for both kinds of engine."""
 
     def __init__(self, engine: Engine, table: str, retry: Retry) -> None:
         name = engine.dialect.name
@@ -242,9 +243,26 @@ class _Rows:
         # not answer the second time, SQLAlchemy's pool would have lost the connection for good.
         autocommit = {} if name in ("mysql", "mariadb") else {"isolation_level": "AUTOCOMMIT"}
         self._engine = engine.execution_options(**autocommit)
-        self._table = _table(table)
         self._retry = retry
         self._pool = Pool(lambda: _Dropped(engine))
+
+        self._table = rows = _table(table)
+        at, current = rows.c.key == bindparam("at"), rows.c.etag == bindparam("current")
+        self._read = select(rows.c.value, rows.c.etag).where(at)
+        self._update = update(rows).where(at)
+        self._update_current = self._update.where(current)
+        self._delete = delete(rows).where(at)
+        self._delete_current = self._delete.where(current)
+        # No pattern, since LIKE has its own view of case.
+        begins = (rows.c.key >= bindparam("first"), rows.c.key < bindparam("beyond"))
+        page = select(rows.c.key).where(*begins, rows.c.key > bindparam("after"))
+        self._page = page.order_by(rows.c.key).limit(_PAGE)
+        self._insert: Any = insert(rows)
+        self._insert_tells = name in _INSERTS
+        if self._insert_tells:
+            # One that fails is an error in PostgreSQL's log, and the rowcount is not told.
+            made = _INSERTS[name](rows).on_conflict_do_nothing()
+            self._insert = made.returning(rows.c.etag)
 
     def __repr__(self) -> str:
         return f"{self._url!r}, table={self._table.name!r}"
@@ -262,51 +280,41 @@ class _Rows:
         return None if blob is None else blob.value
 
     def set(self, key: str, value: str) -> None:
-        while not (self._update(key, value) or self.set_if_new(key, value)):
+        etag = _new_etag()
+        updated = partial(self._changed, self._update, at=_checked(key), value=value, etag=etag)
+        while not (self._write(updated, key, value, etag) or self.set_if_new(key, value)):
             pass
 
     def delete(self, key: str) -> None:
-        self._retry.ask(partial(self._changed, delete(self._table).where(self._is(key))))
+        self._retry.ask(partial(self._changed, self._delete, at=_checked(key)))
 
     def get_with_etag(self, key: str) -> Blob | None:
-        table = self._table
-        rows = self._ask(select(table.c.value, table.c.etag).where(self._is(key)))
+        rows = self._ask(self._read, at=_checked(key))
         return Blob(rows[0][0].encode(), rows[0][1]) if rows else None
 
     def set_if_new(self, key: str, value: str) -> str | None:
         etag = _new_etag()
-        row = {"key": _checked(key), "value": value, "etag": etag}
-        if self._engine.dialect.name in ("postgresql", "sqlite"):
-            # An insert that fails is an error in PostgreSQL's log, and its rowcount is not told.
-            made = _INSERTS[self._engine.dialect.name](self._table).values(row)
-            statement = made.on_conflict_do_nothing().returning(self._table.c.etag)
-            return self._write(lambda: bool(self._execute(statement)), key, value, etag)
-        return self._write(partial(self._inserted, row), key, value, etag)
+        inserted = partial(self._inserted, key=_checked(key), value=value, etag=etag)
+        return self._write(inserted, key, value, etag)
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
-        return self._update(key, value, self._table.c.etag == etag) if _is_ours(etag) else None
+        new, at = _new_etag(), _checked(key)
+        if not _is_ours(etag):
+            return None
+        statement = self._update_current
+        updated = partial(self._changed, statement, at=at, current=etag, value=value, etag=new)
+        return self._write(updated, key, value, new)
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         if not _is_ours(etag):
             return False
-        current = self._table.c.etag == etag
-        statement = delete(self._table).where(self._is(key), current)
-        return self._retry.delete(
-            partial(self._changed, statement), partial(self.get_with_etag, key)
-        )
+        deleted = partial(self._changed, self._delete_current, at=_checked(key), current=etag)
+        return self._retry.delete(deleted, partial(self.get_with_etag, key))
 
     def page(self, prefix: str, after: str) -> list[str]:
-        """The next keys that begin so: no pattern, since LIKE has its own view of case."""
-        key = self._table.c.key
-        begins = (key >= prefix, key < f"{prefix}\U0010ffff", key > after)
-        rows = self._ask(select(key).where(*begins).order_by(key).limit(_PAGE))
-        return [row[0] for row in rows]
-
-    def _update(self, key: str, value: str, *conditions: Any) -> str | None:
-        etag = _new_etag()
-        values = {"value": value, "etag": etag}
-        statement = update(self._table).where(self._is(key), *conditions).values(values)
-        return self._write(partial(self._changed, statement), key, value, etag)
+        """The next keys that begin so."""
+        beyond = f"{prefix}\U0010ffff"
+        return [row[0] for row in self._ask(self._page, first=prefix, beyond=beyond, after=after)]
 
     def _write(self, wrote: Callable[[], bool], key: str, value: str, etag: str) -> str | None:
         def send() -> str | None:
@@ -314,27 +322,26 @@ class _Rows:
 
         return self._retry.write(send, partial(self.get_with_etag, key), value)
 
-    def _is(self, key: str) -> Any:
-        return self._table.c.key == _checked(key)
+    def _ask(self, statement: Executable, **values: str) -> list[Any]:
+        return self._retry.ask(partial(self._execute, statement, **values))[0] or []
 
-    def _ask(self, statement: Executable) -> list[Any]:
-        return self._retry.ask(partial(self._execute, statement))[0] or []
-
-    def _execute(self, statement: Executable) -> list[Any]:
+    def _execute(self, statement: Executable, **values: str) -> list[Any]:
         self._pool.check()
         with self._engine.begin() as connection:
-            result = connection.execute(statement)
+            result = connection.execute(statement, values)
             return list(result) if result.returns_rows else []
 
-    def _changed(self, statement: Executable) -> bool:
+    def _changed(self, statement: Executable, **values: str) -> bool:
         self._pool.check()
         with self._engine.begin() as connection:
-            changed: int = connection.execute(statement).rowcount
+            changed: int = connection.execute(statement, values).rowcount
             return changed > 0
 
-    def _inserted(self, row: dict[str, str]) -> bool:
+    def _inserted(self, **row: str) -> bool:
+        if self._insert_tells:
+            return bool(self._execute(self._insert, **row))
         try:
-            return self._changed(insert(self._table).values(row))
+            return self._changed(self._insert, **row)
         except IntegrityError:  # the key is there
             return False
 
