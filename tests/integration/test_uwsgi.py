@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -48,7 +47,7 @@ def application(environ, start_response):
     ]
 )
 def options(request: pytest.FixtureRequest) -> list[str]:
-    if not (UWSGI.exists() or shutil.which("uwsgi")):
+    if not UWSGI.exists():
         pytest.skip("uwsgi is not installed")
     chosen: str = request.param
     if "osafterfork" in chosen and sys.version_info >= (3, 13):

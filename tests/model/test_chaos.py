@@ -39,7 +39,7 @@ from joblock.stores.sqlite import SqliteBlobStore
 WORKERS = 6
 VAULTS = 3
 TTL_MS = 60
-SECONDS = 2
+SECONDS = 1
 
 
 class Overlap(Exception):  # noqa: N818
