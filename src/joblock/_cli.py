@@ -43,6 +43,7 @@ from ._output import (
     state_of,
     table,
 )
+from ._protocol import was_expired
 from ._record import epoch_ms
 from ._store import BlobStore
 from .conformance import check_store
@@ -210,7 +211,7 @@ def _sweep(args: _Arguments) -> int:
     by = now_ms - args.expired_for
     if args.dry_run:
         for record in list_job_locks(store, args.uid):
-            if record.expires_at is not None and record.expires_at <= by:
+            if was_expired(record, by):
                 print_lines("would remove " + "  ".join(row(record, now_ms)))
         return 0
     for key, blob in swept(store, args.uid, by):

@@ -232,9 +232,14 @@ async def sweep(store: AsyncConditionalBlobStore, key: str, *, expired_by: float
         return None
     if not _is_text(blob.value, TOMBSTONE):  # which has no time: nobody waits for it
         record = JobLockRecord.from_json(blob.value)
-        if record is None or record.expires_at is None or record.expires_at > expired_by:
+        if record is None or not was_expired(record, expired_by):
             return None
     return blob if _deleted(await store.delete_if_match(key, blob.etag)) else None
+
+
+def was_expired(record: JobLockRecord, by: float) -> bool:
+    """Whether its lease was over by then; one that has no end never is."""
+    return record.expires_at is not None and record.expires_at <= by
 
 
 def expired_by(expired_for_ms: float, clock: Callable[[], float]) -> float:

@@ -33,6 +33,7 @@ FLOORS = [
     "_lease",
     "_locks",
     "_hold",
+    "stores._etag",
     "stores._http",
     "stores._remote",
     "stores._aws",
@@ -56,7 +57,7 @@ FLOORS = [
     "__main__",
 ]
 # A store's module knows what a store is, and what it shares with its neighbours; no other store.
-FOR_STORES = {"_value", "_store", "stores._http", "stores._remote", "stores._aws"}
+FOR_STORES = {"_value", "_store", "stores._etag", "stores._http", "stores._remote", "stores._aws"}
 
 
 def name_of(path: Path) -> str:

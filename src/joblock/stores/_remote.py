@@ -38,6 +38,13 @@ def is_etag(etag: str) -> bool:
     )
 
 
+def bounded(key: str, longest: int) -> str:
+    """Return the key; raise ValueError if it has more bytes than the service keeps."""
+    if len(key.encode()) > longest:
+        raise ValueError(f"a key must be at most {longest} bytes, not {len(key.encode())}")
+    return key
+
+
 def missing(module: str, error: ModuleNotFoundError, packages: str) -> ImportError:
     """Return what to raise where a store's SDK is not installed: what installs it."""
     return ImportError(

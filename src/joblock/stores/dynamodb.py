@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
-import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from .._store import Blob
-from ._remote import (
-    CutReplyError,
-    DoubtfulRefusal,
-    Pool,
-    missing,
-)
+from ._etag import is_ours, new_etag
+from ._remote import CutReplyError, DoubtfulRefusal, Pool, bounded, missing
 
 try:
     from botocore.exceptions import ClientError
@@ -92,7 +86,7 @@ class DynamoBlobStore:
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
-        return self._put(key, value, _is_current(etag)) if _is_ours(etag) else None
+        return self._put(key, value, _is_current(etag)) if is_ours(etag) else None
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
@@ -108,7 +102,7 @@ class DynamoBlobStore:
                 return False
             return True
 
-        return _is_ours(etag) and _RETRY.delete(send, partial(self.get_with_etag, key))
+        return is_ours(etag) and _RETRY.delete(send, partial(self.get_with_etag, key))
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin so, in no order; it reads the whole table."""
@@ -128,7 +122,7 @@ class DynamoBlobStore:
         return _RETRY.pages(send)
 
     def _put(self, key: str, value: str, condition: dict[str, Any]) -> str | None:
-        etag = os.urandom(16).hex()
+        etag = new_etag()
         item = {**_key(key), "value": {"S": value}, "etag": {"S": etag}}
         # A refusal tells what is there: what this very request has written, if it was repeated.
         told = {"ReturnValuesOnConditionCheckFailure": "ALL_OLD"} if condition else {}
@@ -166,9 +160,7 @@ def connect(table: str) -> DynamoBlobStore:
 
 
 def _key(key: str) -> dict[str, Any]:
-    if len(key.encode()) > _LONGEST_KEY:
-        raise ValueError(f"a key must be at most {_LONGEST_KEY} bytes, not {len(key.encode())}")
-    return {"key": {"S": key}}
+    return {"key": {"S": bounded(key, _LONGEST_KEY)}}
 
 
 def _is_current(etag: str) -> dict[str, Any]:
@@ -177,10 +169,6 @@ def _is_current(etag: str) -> dict[str, Any]:
         "ExpressionAttributeNames": {"#etag": "etag"},
         "ExpressionAttributeValues": {":etag": {"S": etag}},
     }
-
-
-def _is_ours(etag: str) -> bool:
-    return re.fullmatch("[0-9a-f]{32}", etag) is not None
 
 
 def _raise_unless_refused(error: ClientError) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -11,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from .._store import TOMBSTONE, Blob, run
+from ._etag import new_etag
 from ._remote import CutReplyError, Retry, is_etag, missing, whole
 
 try:
@@ -206,7 +206,7 @@ class _Objects:
         return await self.write(key, value, {self._etag: etag}) if is_etag(etag) else None
 
     async def write(self, key: str, value: str, mode: Any) -> str | None:
-        mark = os.urandom(16).hex()
+        mark = new_etag()
         attributes = {"Content-Type": "application/json", "joblock": mark}
         put = partial(self._calls.put, self._store, self._name(key), value.encode())
         try:

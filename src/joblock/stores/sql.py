@@ -10,15 +10,15 @@ together with the write.
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from .._store import Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, missing
+from ._etag import is_ours, new_etag
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, bounded, missing
 
 _PACKAGES = '"sqlalchemy>=2" greenlet, and a driver such as "psycopg[binary]" or pymysql'
 
@@ -63,6 +63,7 @@ _T = TypeVar("_T")
 _DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
 _LONGEST_KEY = 1024  # bytes: MariaDB would cut a longer one silently where it is not strict
 _PAGE = 1000
+_bounded = partial(bounded, longest=_LONGEST_KEY)
 
 
 class _Key(TypeDecorator[str]):
@@ -244,7 +245,8 @@ class _Rows:
         autocommit = {} if name in ("mysql", "mariadb") else {"isolation_level": "AUTOCOMMIT"}
         self._engine = engine.execution_options(**autocommit)
         self._retry = retry
-        self._pool = Pool(lambda: _Dropped(engine))
+        # A forked child forgets its parent's connections, and does not close them.
+        self._pool = Pool(lambda: SimpleNamespace(close=partial(engine.dispose, close=False)))
 
         self._table = rows = _table(table)
         at, current = rows.c.key == bindparam("at"), rows.c.etag == bindparam("current")
@@ -280,35 +282,35 @@ class _Rows:
         return None if blob is None else blob.value
 
     def set(self, key: str, value: str) -> None:
-        etag = _new_etag()
-        updated = partial(self._changed, self._update, at=_checked(key), value=value, etag=etag)
+        etag = new_etag()
+        updated = partial(self._changed, self._update, at=_bounded(key), value=value, etag=etag)
         while not (self._write(updated, key, value, etag) or self.set_if_new(key, value)):
             pass
 
     def delete(self, key: str) -> None:
-        self._retry.ask(partial(self._changed, self._delete, at=_checked(key)))
+        self._retry.ask(partial(self._changed, self._delete, at=_bounded(key)))
 
     def get_with_etag(self, key: str) -> Blob | None:
-        rows = self._ask(self._read, at=_checked(key))
+        rows = self._ask(self._read, at=_bounded(key))
         return Blob(rows[0][0].encode(), rows[0][1]) if rows else None
 
     def set_if_new(self, key: str, value: str) -> str | None:
-        etag = _new_etag()
-        inserted = partial(self._inserted, key=_checked(key), value=value, etag=etag)
+        etag = new_etag()
+        inserted = partial(self._inserted, key=_bounded(key), value=value, etag=etag)
         return self._write(inserted, key, value, etag)
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
-        new, at = _new_etag(), _checked(key)
-        if not _is_ours(etag):
+        new, at = new_etag(), _bounded(key)
+        if not is_ours(etag):
             return None
         statement = self._update_current
         updated = partial(self._changed, statement, at=at, current=etag, value=value, etag=new)
         return self._write(updated, key, value, new)
 
     def delete_if_match(self, key: str, etag: str) -> bool:
-        if not _is_ours(etag):
+        if not is_ours(etag):
             return False
-        deleted = partial(self._changed, self._delete_current, at=_checked(key), current=etag)
+        deleted = partial(self._changed, self._delete_current, at=_bounded(key), current=etag)
         return self._retry.delete(deleted, partial(self.get_with_etag, key))
 
     def page(self, prefix: str, after: str) -> list[str]:
@@ -347,16 +349,6 @@ class _Rows:
 
 
 _INSERTS: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
-
-
-class _Dropped:
-    """What `Pool` closes in a forked child: the engine forgets its parent's connections."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def close(self) -> None:
-        self._engine.dispose(close=False)
 
 
 def connect(url: str) -> SqlBlobStore:
@@ -402,21 +394,6 @@ def _engine(make: Callable[..., _T], url: str) -> _T:
         raise ValueError(f"SQLAlchemy knows no {parsed.drivername!r}") from error
     except ModuleNotFoundError as error:
         raise missing(__name__, error, str(error.name)) from error
-
-
-def _checked(key: str) -> str:
-    if len(key.encode()) > _LONGEST_KEY:
-        raise ValueError(f"a key must be at most {_LONGEST_KEY} bytes, not {len(key.encode())}")
-    return key
-
-
-def _new_etag() -> str:
-    return os.urandom(16).hex()
-
-
-def _is_ours(etag: str) -> bool:
-    """No other text is compared: databases have their own view of spaces and of character sets."""
-    return re.fullmatch("[0-9a-f]{32}", etag) is not None
 
 
 # What PostgreSQL (by SQLSTATE) and MariaDB (by number) say of a statement that they gave up for

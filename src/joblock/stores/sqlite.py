@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .._store import Blob
+from ._etag import new_etag
 
 __all__ = ["SqliteBlobStore"]
 
@@ -100,7 +101,7 @@ class SqliteBlobStore:
 
     def set(self, key: str, value: str) -> None:
         """Write the value, whatever was there."""
-        self._execute("REPLACE INTO joblock VALUES (?, ?, ?)", key, value, _new_etag())
+        self._execute("REPLACE INTO joblock VALUES (?, ?, ?)", key, value, new_etag())
 
     def delete(self, key: str) -> None:
         """Remove the key, if it is there."""
@@ -113,7 +114,7 @@ class SqliteBlobStore:
 
     def set_if_new(self, key: str, value: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if the key exists."""
-        etag = _new_etag()
+        etag = new_etag()
         written, _ = self._execute(
             "INSERT OR IGNORE INTO joblock VALUES (?, ?, ?)", key, value, etag
         )
@@ -121,15 +122,15 @@ class SqliteBlobStore:
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
-        new_etag = _new_etag()
+        new = new_etag()
         written, _ = self._execute(
             "UPDATE joblock SET value = ?, etag = ? WHERE key = ? AND etag = ?",
             value,
-            new_etag,
+            new,
             key,
             etag,
         )
-        return new_etag if written else None
+        return new if written else None
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
@@ -241,10 +242,6 @@ def _is_busy(error: BaseException) -> bool:
 def _decode(value: Any) -> Any:
     # A value that others wrote must not be an error.
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def _new_etag() -> str:
-    return os.urandom(16).hex()
 
 
 _FORKED = (
