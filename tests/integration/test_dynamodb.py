@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from joblock import acquire_job_lock, release_job_lock
 from joblock.conformance import check_store
 from tests.backends import Backends
-from tests.integration.test_one_winner import CLIENTS, assert_one_winner_each_round, prepare, send
+from tests.integration.test_one_winner import assert_one_winner_of_forks
 from tests.lossy import lossy
 from tests.support import KEY, UID, VAULT, acquired
 
@@ -88,16 +86,4 @@ def test_a_refusal_that_tells_what_is_there(backends: Backends, own: bool) -> No
 
 def test_one_winner_of_processes(store: Any) -> None:
     """One store, inherited over fork, raced by its parent's children."""
-    context = multiprocessing.get_context("fork")
-    prepare(store)
-    barrier: threading.Barrier = context.Barrier(CLIENTS, timeout=60)
-    reports = context.SimpleQueue()
-    processes = [
-        context.Process(target=send, args=(reports, store, barrier)) for _ in range(CLIENTS)
-    ]
-    for process in processes:
-        process.start()
-    assert_one_winner_each_round([reports.get() for _ in processes])
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    assert_one_winner_of_forks(store)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,14 +72,43 @@ def assert_one_winner_each_round(clients: list[list[Report] | str]) -> None:
     assert len(winners) > 1, "always the same client won: they did not race"
 
 
-def test_threads_in_memory() -> None:
-    """Hundreds of rounds behind a barrier; every loser is shown the winner's record."""
-    store = MemoryBlobStore()
+def assert_one_winner_of_threads(store: BlobStore) -> None:
     prepare(store)
-    barrier = threading.Barrier(CLIENTS)
+    barrier = threading.Barrier(CLIENTS, timeout=60)
     with ThreadPoolExecutor(CLIENTS) as threads:
         clients = [threads.submit(compete, store, barrier) for _ in range(CLIENTS)]
     assert_one_winner_each_round([client.result() for client in clients])
+
+
+def assert_one_winner_of_forks(store: BlobStore) -> None:
+    """Of children that have inherited the store from their parent."""
+    context = multiprocessing.get_context("fork")
+    prepare(store)
+    barrier: threading.Barrier = context.Barrier(CLIENTS, timeout=60)
+    reports = context.SimpleQueue()
+    assert_one_winner_of_processes(
+        [context.Process(target=send, args=(reports, store, barrier)) for _ in range(CLIENTS)],
+        reports,
+    )
+
+
+def assert_one_winner_of_processes(
+    processes: Sequence[BaseProcess],
+    reports: Any,
+    here: Callable[[], list[list[Report]]] = list,
+) -> None:
+    """Start them, let `here` compete in this process, too, and look at what all report."""
+    for client in processes:
+        client.start()
+    assert_one_winner_each_round([*here(), *(reports.get() for _ in processes)])
+    for client in processes:
+        client.join()
+        assert client.exitcode == 0
+
+
+def test_threads_in_memory() -> None:
+    """Hundreds of rounds behind a barrier; every loser is shown the winner's record."""
+    assert_one_winner_of_threads(MemoryBlobStore())
 
 
 def process(path: Path, barrier: threading.Barrier, reports: Any) -> None:
@@ -94,15 +125,10 @@ def test_processes_on_sqlite(method: Literal["fork", "spawn"], tmp_path: Path) -
     context: Any = multiprocessing.get_context(method)
     barrier = context.Barrier(CLIENTS, timeout=30)
     reports = context.SimpleQueue()
-    processes = [
-        context.Process(target=process, args=(path, barrier, reports)) for _ in range(CLIENTS)
-    ]
-    for client in processes:
-        client.start()
-    assert_one_winner_each_round([reports.get() for _ in processes])
-    for client in processes:
-        client.join()
-        assert client.exitcode == 0
+    assert_one_winner_of_processes(
+        [context.Process(target=process, args=(path, barrier, reports)) for _ in range(CLIENTS)],
+        reports,
+    )
 
 
 def test_threads_and_a_forked_process_share_a_store(tmp_path: Path) -> None:
@@ -112,14 +138,7 @@ def test_threads_and_a_forked_process_share_a_store(tmp_path: Path) -> None:
         prepare(store)
         barrier = context.Barrier(CLIENTS, timeout=30)
         reports = context.SimpleQueue()
-
-        processes = [
+        children = [
             context.Process(target=send, args=(reports, store, barrier)) for _ in range(CLIENTS - 1)
         ]
-        for client in processes:
-            client.start()
-        mine = compete(store, barrier)
-        assert_one_winner_each_round([mine, *(reports.get() for _ in processes)])
-        for client in processes:
-            client.join()
-            assert client.exitcode == 0
+        assert_one_winner_of_processes(children, reports, lambda: [compete(store, barrier)])

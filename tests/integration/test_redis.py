@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import multiprocessing
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +22,7 @@ from joblock import (
 )
 from joblock.conformance import Finding, check_store
 from joblock.stores import open_store
-from tests.integration.test_one_winner import CLIENTS, assert_one_winner_each_round, prepare, send
+from tests.integration.test_one_winner import assert_one_winner_of_forks
 from tests.servers import LocalServer, free_port, redis_server
 from tests.stream_proxy import stream_proxy
 from tests.support import KEY, UID, VAULT, acquired, held
@@ -223,20 +221,7 @@ def test_the_async_one(server: LocalServer, client: Any) -> None:
 
 def test_one_winner_of_processes(server: LocalServer, client: Any) -> None:
     """One client object, inherited over fork, raced by its parent and its children."""
-    context = multiprocessing.get_context("fork")
-    store = store_of(client)
-    prepare(store)
-    barrier: threading.Barrier = context.Barrier(CLIENTS, timeout=60)
-    reports = context.SimpleQueue()
-    processes = [
-        context.Process(target=send, args=(reports, store, barrier)) for _ in range(CLIENTS)
-    ]
-    for process in processes:
-        process.start()
-    assert_one_winner_each_round([reports.get() for _ in processes])
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    assert_one_winner_of_forks(store_of(client))
 
 
 def test_a_cluster() -> None:

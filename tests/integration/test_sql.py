@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import multiprocessing
-import queue
 import runpy
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -30,7 +27,10 @@ from joblock import (
     renew_job_lock,
 )
 from joblock.conformance import check_store
-from tests.integration.test_one_winner import CLIENTS, assert_one_winner_each_round, prepare, send
+from tests.integration.test_one_winner import (
+    assert_one_winner_of_forks,
+    assert_one_winner_of_threads,
+)
 from tests.servers import LocalServer, mariadb_server, pgbouncer, postgresql_server
 from tests.support import KEY, UID, VAULT, acquired, held
 
@@ -81,16 +81,6 @@ def whole_life(store: Any) -> None:
     assert peek_job_lock(store, UID, VAULT) is None
 
 
-def raced(store: Any) -> list[Any]:
-    """What each of several threads tells of its rounds."""
-    reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    barrier = threading.Barrier(CLIENTS, timeout=60)
-    with ThreadPoolExecutor(CLIENTS) as threads:
-        for _ in range(CLIENTS):
-            threads.submit(send, reports, store, barrier)
-        return [reports.get() for _ in range(CLIENTS)]
-
-
 LEVELS = [None, "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"]
 
 
@@ -101,8 +91,7 @@ def test_every_isolation_level(server: LocalServer, engine: Any, level: str | No
     made = sa.create_engine(server.url, pool_size=20, **options)
     store = sql.SqlBlobStore(made)
     whole_life(store)
-    prepare(store)
-    assert_one_winner_each_round(raced(store))
+    assert_one_winner_of_threads(store)
     made.dispose()
 
 
@@ -173,11 +162,10 @@ def test_no_error_in_postgresqls_log(servers: dict[str, LocalServer]) -> None:
     """Not even where eight clients fight for one key: an operator would have to explain each."""
     server = servers["postgresql"]
     made = sa.create_engine(server.url, pool_size=20)
-    store = sql.SqlBlobStore(made)
+    store = sql.SqlBlobStore(made, table="locks_without_errors")
     store.create_table()
     before = server.log.read_text().count("ERROR")
-    prepare(store)
-    raced(store)
+    assert_one_winner_of_threads(store)
     whole_life(store)
     assert server.log.read_text().count("ERROR") == before
     with pytest.raises(sa.exc.ProgrammingError), made.begin() as connection:
@@ -248,20 +236,8 @@ def test_a_server_that_is_killed_and_started_again(name: str, number: int) -> No
 
 def test_one_winner_of_processes(engine: Any) -> None:
     """One store, inherited over fork, raced by its parent's children."""
-    context = multiprocessing.get_context("fork")
     store = sql.SqlBlobStore(engine)
-    prepare(store)
-    barrier: threading.Barrier = context.Barrier(CLIENTS, timeout=60)
-    reports = context.SimpleQueue()
-    processes = [
-        context.Process(target=send, args=(reports, store, barrier)) for _ in range(CLIENTS)
-    ]
-    for process in processes:
-        process.start()
-    assert_one_winner_each_round([reports.get() for _ in processes])
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    assert_one_winner_of_forks(store)
     whole_life(store)
 
 
