@@ -149,14 +149,14 @@ class Backends:
         self._stack.close()
 
 
-def s3_client(stack: ExitStack, url: str, **config: Any) -> Any:
+def aws_client(service: str, stack: ExitStack, url: str, **config: Any) -> Any:
     boto3: Any = pytest.importorskip("boto3")
     from botocore.config import Config
 
-    from joblock.stores.s3 import QUICK
+    from joblock.stores._aws import QUICK
 
     client = boto3.client(
-        "s3",
+        service,
         endpoint_url=url,
         region_name="us-east-1",
         aws_access_key_id="any",
@@ -165,6 +165,10 @@ def s3_client(stack: ExitStack, url: str, **config: Any) -> Any:
     )
     stack.callback(client.close)
     return client
+
+
+def s3_client(stack: ExitStack, url: str, **config: Any) -> Any:
+    return aws_client("s3", stack, url, **config)
 
 
 def open_s3(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
@@ -178,20 +182,9 @@ def open_s3(name: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBl
 
 def open_dynamodb(_: str, stack: ExitStack, url: str, prefix: str) -> ConditionalBlobStore:
     """Each prefix is a table of its own."""
-    boto3: Any = pytest.importorskip("boto3")
-    from botocore.config import Config
+    client = aws_client("dynamodb", stack, url)
+    from joblock.stores.dynamodb import TABLE, DynamoBlobStore
 
-    from joblock.stores.dynamodb import QUICK, TABLE, DynamoBlobStore
-
-    client = boto3.client(
-        "dynamodb",
-        endpoint_url=url,
-        region_name="us-east-1",
-        aws_access_key_id="any",
-        aws_secret_access_key="any",
-        config=QUICK.merge(Config(max_pool_connections=24)),
-    )
-    stack.callback(client.close)
     table = prefix.strip("/")
     if table not in client.list_tables()["TableNames"]:
         client.create_table(TableName=table, **TABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 import uuid
@@ -11,10 +12,20 @@ from typing import Any
 
 import pytest
 
-from joblock import BlobStore, JobLockRecord, OwnedJobLock, _protocol
+from joblock import (
+    BlobStore,
+    JobLockRecord,
+    OwnedJobLock,
+    _protocol,
+    acquire_job_lock,
+    aio,
+    hold_job_lock,
+    peek_job_lock,
+)
 from joblock._lease import Keeper
 from joblock._record import epoch_ms
-from tests.support import UID, VAULT, RecordingStore, async_view
+from tests.servers import LocalServer
+from tests.support import KEY, UID, VAULT, RecordingStore, async_view, held
 
 MINUTE = 60_000
 HOUR = 60 * MINUTE
@@ -106,3 +117,29 @@ def make_keeper(store: BlobStore, **keywords: Any) -> Keeper:
         "uuid_factory": uuid.uuid4,
     }
     return Keeper(async_view(store), UID, VAULT, **(made | keywords))
+
+
+async def assert_is_held_natively(store: Any) -> None:
+    """A hold keeps its lock, a second click is refused, keys are listed, and leaving frees it."""
+    async with aio.hold_job_lock(store, UID, VAULT, renew_every_ms=20, ttl_ms=MINUTE) as lock:
+        first = lock.record
+        while lock.record == first:
+            await asyncio.sleep(0.01)
+        assert await aio.peek_job_lock(store, UID, VAULT) == lock.record
+        refused = await aio.acquire_job_lock(store, UID, VAULT)
+        assert held(refused).existing.job_id == lock.job_id
+        assert [key async for key in store.list_keys("index-jobs/u")] == [KEY]
+    assert await aio.peek_job_lock(store, UID, VAULT) is None
+
+
+def assert_outlives_its_server(store: Any, server: LocalServer, number: int) -> None:
+    """Killed by that signal and started again, twice: no lock is lost, and a hold goes on."""
+    with hold_job_lock(store, UID, VAULT, renew_every_ms=50) as lock:
+        for _ in range(2):
+            server.kill(number)
+            server.start()
+            assert held(acquire_job_lock(store, UID, VAULT)).existing.job_id == lock.job_id
+            first = lock.record
+            while lock.record == first:
+                lock.check()
+    assert peek_job_lock(store, UID, VAULT) is None

@@ -26,16 +26,31 @@ TTL_S = 960
 CLIENTS = 50
 
 
+Part = Callable[..., Iterator[Row]]
+
+
+def _where_installed(backend: str) -> Callable[[Part], Part]:
+    """Say in a row what is missing, instead of the part's own."""
+
+    def wrap(part: Part) -> Part:
+        def rows(*, quick: bool) -> Iterator[Row]:
+            try:
+                yield from part(quick=quick)
+            except (ModuleNotFoundError, pytest.skip.Exception) as error:
+                yield Row(backend, "-", f"not installed: {error}")
+
+        return rows
+
+    return wrap
+
+
+@_where_installed("Redis")
 def on_redis(*, quick: bool) -> Iterator[Row]:
     """Acquire and release, and a refused click, beside two locks for the same client."""
     with ExitStack() as stack:
-        try:
-            redis: Any = import_module("redis")
-            redis_lock: Any = import_module("redis_lock")
-            server = stack.enter_context(redis_server("--appendonly", "no"))
-        except (ModuleNotFoundError, pytest.skip.Exception) as error:
-            yield Row("Redis", "-", f"not installed: {error}")
-            return
+        redis: Any = import_module("redis")
+        redis_lock: Any = import_module("redis_lock")
+        server = stack.enter_context(redis_server("--appendonly", "no"))
         logging.getLogger("redis_lock").addHandler(logging.NullHandler())
         client = stack.enter_context(redis.Redis.from_url(server.url))
         store = import_module("joblock.stores.redis").RedisBlobStore(client)
@@ -92,16 +107,13 @@ def _lost_reply(redis: Any, redis_lock: Any, port: int) -> Iterator[Row]:
             yield Row(f"{name}, the reply was lost", "-", answer)
 
 
+@_where_installed("PostgreSQL")
 def on_postgresql(*, quick: bool) -> Iterator[Row]:
     """Beside the two bare statements by the same engine, and an advisory lock."""
     with ExitStack() as stack:
-        try:
-            sa: Any = import_module("sqlalchemy")
-            import_module("psycopg")
-            server = stack.enter_context(postgresql_server(fsync="on"))
-        except (ModuleNotFoundError, pytest.skip.Exception) as error:
-            yield Row("PostgreSQL", "-", f"not installed: {error}")
-            return
+        sa: Any = import_module("sqlalchemy")
+        import_module("psycopg")
+        server = stack.enter_context(postgresql_server(fsync="on"))
         engine = sa.create_engine(server.url)
         stack.callback(engine.dispose)
         store = import_module("joblock.stores.sql").SqlBlobStore(engine)
@@ -134,16 +146,13 @@ def on_postgresql(*, quick: bool) -> Iterator[Row]:
         yield from _beside("joblock", cases, quick)
 
 
+@_where_installed("Redis")
 def natively(*, quick: bool) -> Iterator[Row]:
     """Acquires and releases per second, of 50 tasks at once, each with a lock of its own."""
     with ExitStack() as stack:
-        try:
-            redis: Any = import_module("redis")
-            native: Any = import_module("redis.asyncio")
-            server = stack.enter_context(redis_server("--appendonly", "no"))
-        except (ModuleNotFoundError, pytest.skip.Exception) as error:
-            yield Row("Redis", "-", f"not installed: {error}")
-            return
+        redis: Any = import_module("redis")
+        native: Any = import_module("redis.asyncio")
+        server = stack.enter_context(redis_server("--appendonly", "no"))
         stores: Any = import_module("joblock.stores.redis")
 
         async def main() -> list[tuple[float, float]]:

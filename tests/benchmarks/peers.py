@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
+
+from tests.servers import redis_server
 
 from .turns import Case
 
@@ -32,13 +33,14 @@ class Missing(NamedTuple):
 
 def open_peers(folder: Path, stack: ExitStack) -> dict[str, Peer | Missing]:
     """Every peer under its name, or why it is not there; `stack` closes what it needs."""
-    port = stack.enter_context(_redis_server(folder))
+
+    @cache
+    def redis_url() -> str:
+        return stack.enter_context(redis_server("--appendonly", "no")).url
 
     def redis_client() -> Any:
         redis: Any = import_module("redis")
-        if port is None:
-            raise FileNotFoundError("redis-server")
-        return stack.enter_context(redis.Redis(host="127.0.0.1", port=port))
+        return stack.enter_context(redis.Redis.from_url(redis_url()))
 
     makers: dict[str, Callable[[], Peer]] = {
         "filelock FileLock": lambda: _filelock("FileLock", folder),
@@ -56,7 +58,7 @@ def _open(make: Callable[[], Peer]) -> Peer | Missing:
         return make()
     except ModuleNotFoundError as error:
         return Missing(f"not installed: {error.name}")
-    except FileNotFoundError as error:
+    except pytest.skip.Exception as error:
         return Missing(f"not installed: {error}")
     except ValueError as error:  # sherlock's, of Python 3.13's datetime
         return Missing(f"fails here: {error}")
@@ -118,30 +120,3 @@ def _acquire_release(lock: Any) -> Case:
         lock.release()
 
     return cycle
-
-
-@contextmanager
-def _redis_server(folder: Path) -> Generator[int | None]:
-    """Yield the port of a server on loopback, or None if it is not installed."""
-    command = shutil.which("redis-server")
-    if command is None:
-        yield None
-        return
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(folder)]
-    with subprocess.Popen([command, *options], stdout=subprocess.DEVNULL) as server:
-        try:
-            _wait_for(port, server)
-            yield port
-        finally:
-            server.terminate()
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 30
-    while server.poll() is None and time.monotonic() < deadline:
-        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-            return
-        time.sleep(0.02)
-    raise RuntimeError("redis-server did not start")

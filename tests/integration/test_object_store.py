@@ -19,6 +19,7 @@ from joblock import (
 )
 from joblock.conformance import check_store
 from tests.backends import Backends
+from tests.holding import assert_is_held_natively
 from tests.support import KEY, UID, VAULT, acquired, held
 
 obstore: Any = pytest.importorskip("obstore")
@@ -48,14 +49,7 @@ def test_the_async_one() -> None:
         store = module.AsyncObjectStoreBlobStore(stores.MemoryStore())
         assert repr(store) == "AsyncObjectStoreBlobStore(MemoryStore, prefix='')"
         assert [finding for finding in await aio.check_store(store) if not finding] == []
-        async with aio.hold_job_lock(store, UID, VAULT, renew_every_ms=20, ttl_ms=60_000) as lock:
-            first = lock.record
-            while lock.record == first:
-                await asyncio.sleep(0.01)
-            refused = await aio.acquire_job_lock(store, UID, VAULT)
-            assert held(refused).existing.job_id == lock.job_id
-            assert [key async for key in store.list_keys("index-jobs/u")] == [KEY]
-        assert await aio.peek_job_lock(store, UID, VAULT) is None
+        await assert_is_held_natively(store)
 
     asyncio.run(main())
 

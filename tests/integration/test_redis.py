@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from joblock import (
 )
 from joblock.conformance import Finding, check_store
 from joblock.stores import open_store
+from tests.holding import assert_is_held_natively, assert_outlives_its_server
 from tests.integration.test_one_winner import assert_one_winner_of_forks
 from tests.servers import LocalServer, free_port, redis_server
 from tests.stream_proxy import stream_proxy
@@ -167,15 +169,7 @@ def test_a_server_that_is_killed_and_started_again() -> None:
     """With an append-only file no lock is lost, and who holds one goes on."""
     with redis_server() as server, redis.Redis.from_url(server.url) as client:
         store = store_of(client)
-        with hold_job_lock(store, UID, VAULT, renew_every_ms=50) as lock:
-            for _ in range(2):
-                server.kill()
-                server.start()
-                assert held(acquire_job_lock(store, UID, VAULT)).existing.job_id == lock.job_id
-                first = lock.record
-                while lock.record == first:
-                    lock.check()
-        assert peek_job_lock(store, UID, VAULT) is None
+        assert_outlives_its_server(store, server, signal.SIGKILL)
 
 
 def test_a_server_that_does_not_come_back(client: Any) -> None:
@@ -204,16 +198,8 @@ def test_the_async_one(server: LocalServer, client: Any) -> None:
     async def main() -> None:
         store = connect_async(server.url)
         assert repr(store) == "AsyncRedisBlobStore(prefix='')"
-        async with aio.hold_job_lock(store, UID, VAULT, renew_every_ms=20, ttl_ms=60_000) as lock:
-            first = lock.record
-            while lock.record == first:
-                await asyncio.sleep(0.01)
-            assert await aio.peek_job_lock(store, UID, VAULT) == lock.record
-            refused = await aio.acquire_job_lock(store, UID, VAULT)
-            assert held(refused).existing.job_id == lock.job_id
-            assert [key async for key in store.list_keys("index-jobs/")] == [KEY]
-            client.script_flush()
-        assert await aio.peek_job_lock(store, UID, VAULT) is None
+        client.script_flush()
+        await assert_is_held_natively(store)
         await store._client.aclose()
 
     asyncio.run(main())

@@ -21,12 +21,12 @@ import pytest
 from joblock import (
     acquire_job_lock,
     aio,
-    hold_job_lock,
     peek_job_lock,
     release_job_lock,
     renew_job_lock,
 )
 from joblock.conformance import check_store
+from tests.holding import assert_is_held_natively, assert_outlives_its_server
 from tests.integration.test_one_winner import (
     assert_one_winner_of_forks,
     assert_one_winner_of_threads,
@@ -222,15 +222,7 @@ def test_a_server_that_is_killed_and_started_again(name: str, number: int) -> No
     with start() as server:
         store = sql.connect(server.url)
         store.create_table()
-        with hold_job_lock(store, UID, VAULT, renew_every_ms=50) as lock:
-            for _ in range(2):
-                server.kill(number)
-                server.start()
-                assert held(acquire_job_lock(store, UID, VAULT)).existing.job_id == lock.job_id
-                first = lock.record
-                while lock.record == first:
-                    lock.check()
-        assert peek_job_lock(store, UID, VAULT) is None
+        assert_outlives_its_server(store, server, number)
         store.engine.dispose()
 
 
@@ -287,15 +279,7 @@ def test_the_async_one(server: LocalServer, engine: Any) -> None:
         store: Any = aio.open_store(url)
         await store.create_table()
         assert store.ddl == sql.SqlBlobStore(engine).ddl
-        async with aio.hold_job_lock(store, UID, VAULT, renew_every_ms=20, ttl_ms=60_000) as lock:
-            first = lock.record
-            while lock.record == first:
-                await asyncio.sleep(0.01)
-            assert await aio.peek_job_lock(store, UID, VAULT) == lock.record
-            refused = await aio.acquire_job_lock(store, UID, VAULT)
-            assert held(refused).existing.job_id == lock.job_id
-            assert [key async for key in store.list_keys("index-jobs/")] == [KEY]
-        assert await aio.peek_job_lock(store, UID, VAULT) is None
+        await assert_is_held_natively(store)
         await store.engine.dispose()
 
     asyncio.run(main())
