@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from tests.serving import serving
+
 JSON = "application/json; charset=UTF-8"
 UPLOAD_FIELDS = {"name", "contentType", "cacheControl", "crc32c", "md5Hash"}
 
@@ -278,11 +280,5 @@ def gcs_server() -> Generator[str]:
     class Server(ThreadingHTTPServer):
         request_queue_size = 64
 
-    with Server(("127.0.0.1", 0), OwnHandler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with Server(("127.0.0.1", 0), OwnHandler) as server, serving(server):
+        yield f"http://127.0.0.1:{server.server_address[1]}"

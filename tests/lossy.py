@@ -17,6 +17,8 @@ from http import HTTPStatus
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from tests.serving import serving
+
 TIMEOUT_S = 60
 _LENGTH = re.compile(rb"(?i)(content-length|transfer-encoding):").match
 
@@ -259,13 +261,10 @@ def lossy(
     with Server(("127.0.0.1", port), Handler) as server:
         scheme = "http" if tls is None else "https"
         proxy.url = f"{scheme}://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
-        thread.start()
         try:
-            yield proxy
+            with serving(server):
+                yield proxy
         finally:
-            server.shutdown()
-            thread.join()
             proxy.stop()
 
 

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 
+from tests.serving import serving
+
 When = Callable[[bytes], bool]
 
 
@@ -102,11 +104,8 @@ def stream_proxy(host: str, port: int) -> Generator[StreamProxy]:
 
     with Server(("127.0.0.1", 0), Handler) as server:
         proxy.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
         try:
-            yield proxy
+            with serving(server):
+                yield proxy
         finally:
-            server.shutdown()
-            thread.join()
             proxy.stop()

@@ -23,6 +23,7 @@ from joblock import Blob, acquire_job_lock, peek_job_lock, release_job_lock
 from joblock.stores import open_store
 from joblock.stores.netlify import NetlifyBlobsError, NetlifyBlobStore
 from tests.backends import NETLIFY_TOKEN, Backends
+from tests.serving import serving
 from tests.support import KEY, UID, VAULT, acquired, held
 
 TOKEN = "nf-secret-0123456789"
@@ -75,13 +76,9 @@ def edge() -> Iterator[Edge]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, serving(server):
         it.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
-        thread.start()
         yield it
-        server.shutdown()
-        thread.join()
     assert it.answers == []
 
 

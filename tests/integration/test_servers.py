@@ -18,6 +18,7 @@ import pytest
 from tests.gcs_server import gcs_server
 from tests.lossy import Proxy, Request, lossy
 from tests.servers import azure_connection, azure_server, netlify_server, s3_server
+from tests.serving import serving
 
 CLIENTS = 8
 
@@ -252,15 +253,12 @@ def echo() -> Generator[tuple[Proxy, list[str]]]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
-        thread.start()
-        try:
-            with lossy(f"http://127.0.0.1:{server.server_address[1]}") as proxy:
-                yield proxy, seen
-        finally:
-            server.shutdown()
-            thread.join()
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+        serving(server),
+        lossy(f"http://127.0.0.1:{server.server_address[1]}") as proxy,
+    ):
+        yield proxy, seen
     assert_gone(proxy.url)
 
 

@@ -30,6 +30,7 @@ from joblock import (
 )
 from joblock._record import epoch_ms
 from joblock.stores.sqlite import SqliteBlobStore
+from tests.serving import serving
 
 WORKER = [sys.executable, str(Path(__file__).with_name("web_worker.py"))]
 CLICKS = 8
@@ -130,13 +131,9 @@ class Service:
             daemon_threads = False  # so that closing the server waits for its requests
             request_queue_size = 64
 
-        with Server(("127.0.0.1", 0), Handler) as server:
+        with Server(("127.0.0.1", 0), Handler) as server, serving(server):
             self.port = server.server_address[1]
-            thread = threading.Thread(target=server.serve_forever, args=[0.01])
-            thread.start()
             yield self
-            server.shutdown()
-            thread.join()
 
 
 class AsyncService(Service):
