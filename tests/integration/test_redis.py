@@ -162,6 +162,8 @@ def test_a_reply_that_is_lost_again_and_again(server: LocalServer, client: Any) 
             assert peek_job_lock(store, UID, VAULT) == mine.record
             lose()
         assert peek_job_lock(store, UID, VAULT) is None
+        lose()
+        assert store.set_if_new("new", "x") is not None  # itself, without a look by its caller
         proxy.forget()
 
 

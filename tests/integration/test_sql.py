@@ -142,6 +142,30 @@ def test_keys_that_databases_take_for_one(engine: Any) -> None:
     assert sorted(store.list_keys("")) == sorted(keys)
 
 
+def test_a_database_with_another_order(servers: dict[str, LocalServer]) -> None:
+    """Where `a_` comes before `A0`, keys are listed by their bytes all the same."""
+    server = servers["postgresql"]
+    admin = sa.create_engine(server.url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        if connection.dialect.server_version_info < (15,):
+            pytest.skip("PostgreSQL before 15 makes no database with an order of ICU's")
+        connection.execute(
+            sa.text(
+                "CREATE DATABASE ordered TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'en'"
+            )
+        )
+    admin.dispose()
+    store = sql.connect(server.url.replace("/postgres", "/ordered"))
+    store.create_table()
+    keys = ["A0", "A_", "B", "a0", "a_", "a_b", "b"]
+    for key in keys:
+        store.set(key, "x")
+    assert list(store.list_keys("")) == keys
+    assert list(store.list_keys("a_")) == ["a_", "a_b"]
+    assert list(store.list_keys("A")) == ["A0", "A_"]
+    store.engine.dispose()
+
+
 def test_keys_and_etags_that_are_refused(engine: Any) -> None:
     """Before any request: a longer key would be cut, another etag is none of ours."""
     store = sql.SqlBlobStore(engine)

@@ -325,23 +325,22 @@ class _Rows:
         return self._retry.write(send, partial(self.get_with_etag, key), value)
 
     def _ask(self, statement: Executable, **values: str) -> list[Any]:
-        return self._retry.ask(partial(self._execute, statement, **values))[0] or []
-
-    def _execute(self, statement: Executable, **values: str) -> list[Any]:
-        self._pool.check()
-        with self._engine.begin() as connection:
-            result = connection.execute(statement, values)
-            return list(result) if result.returns_rows else []
+        answer, _ = self._retry.ask(partial(self._execute, statement, **values))
+        return answer[1] if answer else []
 
     def _changed(self, statement: Executable, **values: str) -> bool:
+        return self._execute(statement, **values)[0] > 0
+
+    def _execute(self, statement: Executable, **values: str) -> tuple[int, list[Any]]:
+        """Return how many rows were changed, and those that were read."""
         self._pool.check()
         with self._engine.begin() as connection:
-            changed: int = connection.execute(statement, values).rowcount
-            return changed > 0
+            result: Any = connection.execute(statement, values)
+            return result.rowcount, list(result) if result.returns_rows else []
 
     def _inserted(self, **row: str) -> bool:
         if self._insert_tells:
-            return bool(self._execute(self._insert, **row))
+            return bool(self._execute(self._insert, **row)[1])
         try:
             return self._changed(self._insert, **row)
         except IntegrityError:  # the key is there
