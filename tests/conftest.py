@@ -50,12 +50,14 @@ def backends() -> Iterator[Backends]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="run only the drawn schedule of this seed")
+    parser.addoption("--slow", action="store_true", help="run what takes seconds too: CI does")
     parser.addoption("--deep", action="store_true", help="run the longest searches too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--deep"):
-        skip = pytest.mark.skip(reason="a long search: --deep runs it")
-        for item in items:
-            if "deep" in item.keywords:
-                item.add_marker(skip)
+    for mark, reason in {"slow": "it takes seconds", "deep": "a long search"}.items():
+        if not config.getoption(f"--{mark}"):
+            skip = pytest.mark.skip(reason=f"{reason}: --{mark} runs it")
+            for item in items:
+                if mark in item.keywords:
+                    item.add_marker(skip)

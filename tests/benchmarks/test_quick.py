@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,6 +36,7 @@ def test_a_job_that_is_resumed() -> None:
     assert all("x acquire + release" in row[2] for row in rows if row[0].startswith("joblock"))
 
 
+@pytest.mark.slow
 def test_locks_are_counted_and_nothing_is_left() -> None:
     """The parts that need nobody else."""
     rows = run("contention", "growth", "leaks")

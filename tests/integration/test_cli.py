@@ -164,6 +164,7 @@ class TestWithoutATerminal:
         out, err = process.communicate("\n", DEADLINE_S)
         assert (process.returncode, out, err) == (0, "done\n", "")
 
+    @pytest.mark.slow
     def test_a_killed_run_is_taken_over(self, start: Start, store: SqliteBlobStore) -> None:
         """SIGKILL frees nothing; when the lease is over, and not before, the next run goes on."""
         process = start("echo $$; exec sleep 90", "--ttl", "1s")
@@ -196,6 +197,7 @@ class TestWithoutATerminal:
         assert (successor.returncode, out) == (75, "")
         assert "is held by job" in err
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("script", "grace", "ended_with"),
         [
@@ -223,6 +225,7 @@ class TestWithoutATerminal:
         assert "Traceback" not in err
         assert store.get(KEY) == other
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("script", "grace", "said"),
         [
@@ -277,6 +280,7 @@ class TestWithoutATerminal:
         finally:
             os.kill(daemon, signal.SIGKILL)
 
+    @pytest.mark.slow
     @pytest.mark.skipif(sys.platform != "linux", reason="a child subreaper is Linux's")
     def test_nobody_reaps(self, store: SqliteBlobStore) -> None:
         """What has ended is not waited for where process 1 leaves it unreaped."""
@@ -301,6 +305,7 @@ class TestWithoutATerminal:
         assert process.returncode == 143
         assert store.get(KEY) is None
 
+    @pytest.mark.slow
     def test_a_long_command_keeps_its_lock(self, start: Start, store: SqliteBlobStore) -> None:
         """It is renewed for as long as the command runs."""
         process = start("echo ready; read go", "--ttl", "2s")

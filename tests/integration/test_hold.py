@@ -54,6 +54,7 @@ def run_python(code: str, store: str, path: Path) -> subprocess.CompletedProcess
 class TestAForkedChild:
     """Neither renews nor releases its parent's lock."""
 
+    @pytest.mark.slow
     def test_leaves_the_block(self, store: str, tmp_path: Path) -> None:
         """By its end or by an exception, and even after the lease that it knew."""
         result = run_python(
@@ -174,6 +175,7 @@ def test_a_generator_that_python_ends_at_its_own_end(tmp_path: Path, kept_by: st
         assert peek_job_lock(store, "u", "v") is None
 
 
+@pytest.mark.slow
 def test_a_killed_holder_is_taken_over_within_one_ttl(tmp_path: Path) -> None:
     """It renewed beyond its first lease, was killed, and the next holder sees whose lock it was."""
     path = tmp_path / "jobs.db"

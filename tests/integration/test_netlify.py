@@ -227,6 +227,7 @@ def test_the_token_stays_at_netlify(edge: Edge) -> None:
     assert "authorization" not in second
 
 
+@pytest.mark.slow
 def test_nothing_shows_the_token(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
     """No error's text, log line or repr."""
     caplog.set_level(logging.DEBUG)
@@ -380,6 +381,7 @@ def test_a_url_that_is_none(edge: Edge, url: str) -> None:
         store.get(KEY)
 
 
+@pytest.mark.slow
 def test_https_is_spoken_to_https() -> None:
     """The first byte of a TLS handshake, and not of a request with the token."""
     with socket.create_server(("127.0.0.1", 0)) as server:

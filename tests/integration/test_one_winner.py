@@ -116,6 +116,7 @@ def process(path: Path, barrier: threading.Barrier, reports: Any) -> None:
         send(reports, store, barrier)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_on_sqlite(method: Literal["fork", "spawn"], tmp_path: Path) -> None:
     """Each with a connection of its own to the same file."""

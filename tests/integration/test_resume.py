@@ -38,6 +38,7 @@ with joblock.resume_job_lock(store, uid, vault, expected_job_id=job_id, ttl_ms=1
 """
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_its_redeliveries(tmp_path: Path) -> None:
     """Each delivery is refused while the run may be alive; the next one has its record."""
     path = tmp_path / "jobs.db"
@@ -80,6 +81,7 @@ def test_a_killed_worker_and_its_redeliveries(tmp_path: Path) -> None:
         assert late.value.reason == "lock_already_gone"
 
 
+@pytest.mark.slow
 def test_two_crons_that_differ_by_up_to_two_seconds(tmp_path: Path) -> None:
     """A job of a moment starts once, in 100 of 100 pairs."""
     rng = random.Random("crons")

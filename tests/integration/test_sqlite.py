@@ -483,6 +483,7 @@ class TestFork:
         assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_many_processes_create_the_same_file_at_once(tmp_path: Path) -> None:
     """The switch to WAL and the table are made by all of them, and none fails."""
     spawn = multiprocessing.get_context("fork")

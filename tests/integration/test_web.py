@@ -257,6 +257,7 @@ def test_a_failed_kick_off_releases_the_lock(service: Service) -> None:
     assert request(service, "POST").status == 202
 
 
+@pytest.mark.slow
 def test_a_killed_workers_lock_expires_and_is_taken_over(service: Service) -> None:
     """409 until the lease has run out by the wall clock, then 202 that names the killed job."""
     service.ttl_ms = 1500

@@ -198,6 +198,7 @@ def kill_workers(folder: Path) -> None:
             assert acquire_job_lock(store, "u", f"vault-{vault}", clock=lambda: later)
 
 
+@pytest.mark.slow
 def test_killed_workers_never_overlap(tmp_path: Path) -> None:
     """And afterwards the file is sound."""
     kill_workers(tmp_path)
@@ -291,11 +292,13 @@ def kill_runs(folder: Path) -> None:
     assert len(runs) > len(jobs()) > VAULTS
 
 
+@pytest.mark.slow
 def test_killed_runs_never_overlap(tmp_path: Path) -> None:
     """On one file."""
     kill_runs(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [kill_workers, kill_runs])
 def test_a_sweep_hurts_no_live_lock(tmp_path: Path, kill: Callable[[Path], None]) -> None:
     """Beside acquires, renewals, takeovers, resumes and requeues without end."""

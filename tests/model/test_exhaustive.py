@@ -94,6 +94,7 @@ REPEATING = Limits(operations=2, ticks=1, faults=1, crashes=0, refused=True)
 REPEATED = {"no record": 13149, "live": 9458, "expired": 35794}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", REPEATED)
 def test_a_store_whose_client_repeats_its_requests(start: str) -> None:
     """A write that took effect and is then refused: nobody owns twice, nobody refuses himself."""

@@ -64,6 +64,7 @@ def test_no_schedule_breaks_a_promise(
     assert searched.schedules > searched.states / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN_RUNS)
 def test_each_broken_run_is_caught(name: str) -> None:
     """With the promise that it breaks."""

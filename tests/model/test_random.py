@@ -8,7 +8,7 @@ from tests.model.broken import BROKEN
 from tests.model.search import drawn
 from tests.model.world import INITIAL, Algorithm, Limits, World
 
-SCHEDULES, DEEP_SCHEDULES = 1_000, 25_000
+SCHEDULES, DEEP_SCHEDULES = 500, 25_000
 CHUNK = 500
 CLIENTS = 4
 LIMITS = Limits(operations=8, ticks=6, faults=4, crashes=2)

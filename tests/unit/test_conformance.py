@@ -427,6 +427,7 @@ def at_call(failing_call: int) -> Callable[[int, str], bool]:
     return lambda number, _name: number == failing_call
 
 
+@pytest.mark.slow
 def test_whichever_call_raises_it_is_a_finding_and_all_is_cleaned_up() -> None:
     """Every call in turn, those of the clean-up included: what is left is named there."""
     good = Flaky()

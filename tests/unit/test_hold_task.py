@@ -102,6 +102,7 @@ class TestATask:
 
         run(main)
 
+    @pytest.mark.slow
     def test_a_store_that_does_not_heed_cancellation(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -305,6 +306,7 @@ class TestATask:
         run(main)
         assert levels(caplog) == ["ERROR"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("hanging", ["release", "renewal"])
     def test_a_body_that_ends_while_the_store_hangs(
         self, hanging: str, caplog: pytest.LogCaptureFixture

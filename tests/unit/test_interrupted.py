@@ -27,7 +27,7 @@ from tests.support import KEY, UID, VAULT, async_view
 
 PACKAGE = str(Path(joblock.__file__).parent)
 TTL_MS = 60_000
-DETAIL = [False, True]
+DETAIL = [False, pytest.param(True, marks=pytest.mark.slow)]
 Trace = Callable[[FrameType, str, Any], Any]
 
 

@@ -245,6 +245,7 @@ class TestInSimulatedTime:
         assert "could not release" in caplog.messages[-1]
         assert "secret" not in caplog.text
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999])
     def test_whole_milliseconds_hide_a_fraction(self, fraction: float) -> None:
         """The record's deadline is that much sooner: even then nobody can take over before."""
