@@ -4,12 +4,14 @@ The rules it keeps:
 
 - Signals are collected, never acted on in a handler: none can interrupt an acquire or a release
   halfway.
-- Without a terminal the command leads a process group of its own, which gets the signals. Once one
-  was sent, the run lasts until the whole group has ended. Before, it lasts as long as the command
-  itself, which may leave daemons behind.
-- At a terminal the command stays in this process's group: it can read the terminal, and the keys
-  reach it without help.
+- Without a terminal the command leads a process group of its own, which gets the signals. At a
+  terminal it stays in this process's group, with whatever the shell's pipeline has beside it: so it
+  can read the terminal, and the keys reach it without help. There the signals go to each process
+  of the group that descends from this one.
+- Once a signal was sent, or came from the keys, the run lasts until all of these have ended.
+  Before, it lasts as long as the command itself, which may leave daemons behind.
 - If the lock is lost the command gets SIGTERM and, after the grace, SIGKILL.
+- If this process is killed, the kernel kills the command, where it can.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ import contextlib
 import math
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
-from ._hold import OwnedJobLock
+from . import _processes
+from ._hold import OwnedJobLock, left_s
 from ._output import say
 from ._record import JobLockRecord
 
@@ -34,6 +38,8 @@ from ._record import JobLockRecord
 CANNOT_RUN, NOT_FOUND, KILLED_BY = 126, 127, 128
 
 Signals: TypeAlias = "queue.SimpleQueue[int]"
+LOOK = 0
+"""Among the signals: a child has ended, or the lock is lost."""
 
 
 def _known(*names: str) -> list[signal.Signals]:
@@ -43,7 +49,10 @@ def _known(*names: str) -> list[signal.Signals]:
 _FROM_KEYS = _known("SIGINT", "SIGQUIT")  # Ctrl-C and Ctrl-\
 _PASSED_ON = [*_FROM_KEYS, *_known("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]
 _CHILD_ENDED = _known("SIGCHLD")
+# Nobody tells of what the command has left behind, nor, on Windows, of its own end.
 _LOOK_AGAIN_S = 0.25
+# A host that was asleep is told of nothing either: the lock may have been lost long ago.
+_LOOK_AT_LEAST_EVERY_S = 5.0
 _TERMINAL = Path("/dev/tty")
 
 
@@ -53,9 +62,11 @@ def attend(command: list[str], lock: OwnedJobLock, signals: Signals, grace_s: fl
     if early is not None:
         return KILLED_BY + early
     own_group = os.name == "posix" and _foreground_group(_TERMINAL) is None
+    adopting = (not own_group or os.getpid() == 1) and _processes.adopt_orphans()
+    found = shutil.which(command[0]) is not None  # or Python's own error says why not
     try:
         child = subprocess.Popen(
-            command,
+            [*_processes.ends_with_this_one(), *command] if found else command,
             env=_environment(lock.record),
             close_fds=False,  # as flock(1): redirections of the caller's stay open
             process_group=0 if own_group else None,
@@ -63,28 +74,83 @@ def attend(command: list[str], lock: OwnedJobLock, signals: Signals, grace_s: fl
     except OSError as error:
         say(f"cannot run {command[0]}: {error.strerror}")
         return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
+    family: _Family = _Group(child.pid) if own_group else _Descendants(child)
+    orphans = _processes.Orphans(child.pid)
     signalled = stopping = False
     kill_at = math.inf
     for signum in _drain(signals):  # even from the keys: the command may have started after them
         signalled = True
-        _send(child.pid, signum, own_group)
+        family.send(signum)
 
-    while child.poll() is None or (signalled and own_group and _group_goes_on(child.pid)):
+    while child.poll() is None or (signalled and family.goes_on()):
         with contextlib.suppress(queue.Empty):
-            signum = signals.get(timeout=_LOOK_AGAIN_S)
-            if signum not in _CHILD_ENDED and not _sent_by_terminal(signum):
+            signum = signals.get(timeout=_pause_s(child, lock, kill_at))
+            if signum != LOOK:
                 signalled = True
-                _send(child.pid, signum, own_group)
+                if not _sent_by_terminal(signum):
+                    family.send(signum)
+        if adopting:
+            orphans.reap()
         if lock.lost and not stopping:
             say("the lock is lost: stopping the command")
             signalled = stopping = True
             kill_at = time.monotonic() + grace_s
-            _send(child.pid, signal.SIGTERM, own_group)
+            family.send(signal.SIGTERM)
         if time.monotonic() >= kill_at:
             say("the command goes on: killing it")
             kill_at = math.inf
-            _send(child.pid, signal.SIGKILL, own_group)
+            family.send(signal.SIGKILL)
     return child.returncode if child.returncode >= 0 else KILLED_BY - child.returncode
+
+
+def _pause_s(child: subprocess.Popen[bytes], lock: OwnedJobLock, kill_at: float) -> float:
+    """For how long there is nothing to see, unless a signal comes."""
+    if child.returncode is not None or not _CHILD_ENDED:
+        return _LOOK_AGAIN_S
+    until_lost = left_s(lock) or math.inf
+    return max(0, min(_LOOK_AT_LEAST_EVERY_S, until_lost, kill_at - time.monotonic()))
+
+
+class _Family(Protocol):
+    """The command, and what it has started in its process group."""
+
+    def send(self, signum: int) -> None: ...
+
+    def goes_on(self) -> bool: ...
+
+
+class _Group:
+    """All of a group."""
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+
+    def send(self, signum: int) -> None:
+        _send(os.killpg, self._group, signum)
+
+    def goes_on(self) -> bool:
+        return _processes.group_goes_on(self._group)
+
+
+class _Descendants:
+    """Those of this process's group that descend from it; where nobody knows them, the command."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+
+    def _living(self) -> set[int]:
+        own = {self._child.pid} if self._child.returncode is None else set[int]()
+        return own | _processes.descendants(os.getpgrp() if os.name == "posix" else 0)
+
+    def send(self, signum: int) -> None:
+        told: set[int] = set()
+        while missed := self._living() - told:  # what was started meanwhile
+            for pid in missed:
+                _send(os.kill, pid, signum)
+            told |= missed
+
+    def goes_on(self) -> bool:
+        return bool(self._living())
 
 
 def _environment(record: JobLockRecord) -> dict[str, str]:
@@ -98,14 +164,16 @@ def _environment(record: JobLockRecord) -> dict[str, str]:
 def collected_signals(stop_waiting: Callable[[], object]) -> Generator[Signals]:
     """Collect the signals that would end this process, except those that it was told to ignore.
 
-    Only collected: none can interrupt an acquire or a release halfway. Who waits for the lock is
-    told by `stop_waiting`.
+    Only collected: none can interrupt an acquire or a release halfway. Who waits, for the lock or
+    for the store to answer to its release, is told by `stop_waiting`.
     """
     signals: Signals = queue.SimpleQueue()
 
     def collect(signum: int, _frame: FrameType | None) -> None:
-        signals.put(signum)
-        if signum not in _CHILD_ENDED:
+        if signum in _CHILD_ENDED:
+            signals.put(LOOK)
+        else:
+            signals.put(signum)
             stop_waiting()
 
     heeded = [signum for signum in _PASSED_ON if signal.getsignal(signum) != signal.SIG_IGN]
@@ -125,7 +193,7 @@ def early_signal(signals: Signals) -> int | None:
 def _drain(signals: Signals) -> Iterator[int]:
     while not signals.empty():
         signum = signals.get()
-        if signum not in _CHILD_ENDED:  # perhaps of a child that an exec left to this process
+        if signum != LOOK:
             yield signum
 
 
@@ -145,23 +213,8 @@ def _foreground_group(terminal: Path) -> int | None:
         return None
 
 
-def _send(pid: int, signum: int, own_group: bool) -> None:
+def _send(how: Callable[[int, int], None], whom: int, signum: int) -> None:
     try:
-        (os.killpg if own_group else os.kill)(pid, signum)
+        how(whom, signum)
     except OSError as error:
         say(f"the command did not get signal {signum}: {error.strerror}")
-
-
-def _group_goes_on(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    # Where process 1 reaps nobody, as in some containers, what has ended stays in its group.
-    states: set[bytes] = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended in this moment
-            state, _parent, its_group = path.read_bytes().rpartition(b")")[2].split()[:3]
-            if int(its_group) == group:
-                states.add(state)
-    return states != {b"Z"}

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -26,8 +27,8 @@ from . import (
     release_job_lock,
     resume_job_lock,
 )
-from ._child import KILLED_BY, attend, collected_signals, early_signal
-from ._hold import stop_waiting
+from ._child import KILLED_BY, LOOK, attend, collected_signals, early_signal
+from ._hold import stop_waiting, tell_of_loss
 from ._locks import swept
 from ._output import (
     HEADINGS,
@@ -125,12 +126,16 @@ def _run(args: _Arguments) -> int:
         raise CommandError(USAGE, _NO_COMMAND)
     hold = _hold(args, _open_shared(args.store))
     status, ended = UNAVAILABLE, "was not started"
+    slow = threading.Timer(_SLOW_S, say, [_WAITS_FOR_THE_STORE])
+    slow.daemon = True
     with log_to_stderr(), collected_signals(partial(stop_waiting, hold)) as signals:
+        tell_of_loss(hold, partial(signals.put, LOOK))
         try:
             with hold as lock:
                 lock.check()  # the store may have taken longer than the lease lasts
                 status = attend(args.command, lock, signals, args.grace / 1000)
                 ended = f"ended with {status}"
+                slow.start()
         except JobLockHeldError as error:
             early = early_signal(signals)  # it waited no longer
             if early is not None:
@@ -141,7 +146,16 @@ def _run(args: _Arguments) -> int:
             raise CommandError(args.conflict_exit_code, message) from error
         except JobLockLostError as error:
             raise CommandError(LOST, f"the lock was lost; the command {ended}") from error
+        finally:
+            slow.cancel()
     return status
+
+
+_SLOW_S = 2
+_WAITS_FOR_THE_STORE = (
+    "the command has ended; waiting for the store to release the lock, until its lease ends; "
+    "a signal ends the waiting"
+)
 
 
 def _hold(args: _Arguments, store: BlobStore) -> AbstractContextManager[OwnedJobLock]:

@@ -255,7 +255,7 @@ class _Hold:
     bound_way_out: weakref.ref[MethodType] | None = None
 
     def __init__(self, keeper: Keeper) -> None:
-        self._keeper = keeper
+        self.keeper = keeper
         self._enter = Once()
         # Both are locked until they are to tell something: of the block's end, of the thread's.
         self._ended = threading.Lock()
@@ -266,30 +266,33 @@ class _Hold:
         self._enter()
         self._ended.acquire()
         self._kept.acquire()
-        self._lock = OwnedJobLock(self._keeper)
-        self._keeper.is_over = over(self._lock, self.bound_way_out)
+        self._lock = OwnedJobLock(self.keeper)
+        self.keeper.is_over = over(self._lock, self.bound_way_out)
         self._thread = threading.Thread(
             target=contextvars.copy_context().run,
-            args=(_keep, self._keeper, self._ended, self._kept),
-            name=f"joblock {self._keeper.key}",
+            args=(_keep, self.keeper, self._ended, self._kept),
+            name=f"joblock {self.keeper.key}",
             daemon=True,
         )
         try:
-            run(self._keeper.enter(partial(_wait, self._ended)))
+            run(self.keeper.enter(partial(_wait, self._ended)))
             self._thread.start()
             self._started = True
-            self._keeper.begun = True
+            self.keeper.begun = True
             return self._lock
         except BaseException:
-            self._keeper.begun = False
+            self.keeper.begun = False
             self._finish()
             raise
 
     def stop_waiting(self) -> None:
-        if not self._keeper.entered:
-            self._keeper.end()
+        if not self.keeper.entered:
+            self.keeper.end()
             with contextlib.suppress(RuntimeError):  # nobody has entered yet
                 self._ended.release()
+        elif self.keeper.ended:
+            with contextlib.suppress(RuntimeError):  # the thread has done it
+                self._kept.release()
 
     @way_out
     def __exit__(
@@ -304,15 +307,15 @@ class _Hold:
         except BaseException as error:  # a signal handler's: it goes on after the release
             interrupt = error
             self._finish()
-        if self._keeper.forked or self._thread is threading.current_thread():
+        if self.keeper.forked or self._thread is threading.current_thread():
             return  # the block's generator was collected during a renewal, which comes first
-        self._keeper.leave(interrupt or exc)
+        self.keeper.leave(interrupt or exc)
         if interrupt is not None:
             raise interrupt
 
     def _finish(self) -> None:
         """Have the thread release the lock, and wait for it; release it here if it cannot."""
-        keeper = self._keeper
+        keeper = self.keeper
         if keeper.forked:
             return
         keeper.end()
@@ -322,17 +325,29 @@ class _Hold:
             return
         if self._started and not sys.is_finalizing():  # then daemon threads run no more
             # Not `join` alone: in Python 3.11 and 3.12 a thread is over once a join is interrupted.
-            left_s = _waitable(keeper.left_s())
-            if not keeper.kept and not self._kept.acquire(timeout=left_s):
+            if not keeper.kept:
+                self._kept.acquire(timeout=_waitable(keeper.left_s()))
+            if not keeper.kept:  # the lease is over, or `stop_waiting` was called
                 return
             self._thread.join(_waitable(keeper.left_s()))
         run(keeper.finish())
 
 
 def stop_waiting(hold: AbstractContextManager[OwnedJobLock]) -> None:
-    """End the waiting of a hold whose block has not begun; for signal handlers in its thread."""
+    """End a hold's waiting, for the lock or for its release; for signal handlers in its thread."""
     if isinstance(hold, _Hold):
         hold.stop_waiting()
+
+
+def tell_of_loss(hold: AbstractContextManager[OwnedJobLock], tell: Callable[[], object]) -> None:
+    """Have `tell` called, in whichever thread notices it first, once the lock is lost."""
+    if isinstance(hold, _Hold):
+        hold.keeper.on_loss = tell
+
+
+def left_s(lock: OwnedJobLock) -> float:
+    """For how many seconds the lease runs on; 0 once it is lost."""
+    return lock._keeper.left_s()
 
 
 async def _wait(ended: threading.Lock, seconds: float) -> None:
@@ -350,7 +365,8 @@ def _keep(
         keeper.died(error)
     finally:
         keeper.kept = True
-        kept.release()
+        with contextlib.suppress(RuntimeError):  # nobody waits any more
+            kept.release()
 
 
 def _waitable(seconds: float) -> float:

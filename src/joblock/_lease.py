@@ -164,14 +164,14 @@ class Keeper:
 
     `take` is `_protocol.acquire` or `_protocol.resume`, with what only that one is given.
 
-    Who writes what, and who reads it: `is_over` says that the block is over without a word; it is
-    set before `enter`. `lease` is written once, by `enter`. `begun` is written by whoever enters,
-    when the block is about to run; until then leaving takes back what was written. `ended` and
-    `requeue_ms` are written by
-    whoever leaves, and read by the thread or task that renews; `kept` the other way round, when
-    that thread ends. `_tried` is written by whoever
-    releases, and read by whoever leaves. `_releasing` is locked while someone does, for the one
-    case in which two may: a thread whose start was interrupted may run all the same.
+    Who writes what, and who reads it: `is_over` says that the block is over without a word, and
+    `on_loss` is called by whoever notices a loss first; they are set before `enter`. `lease` is
+    written once, by `enter`. `begun` is written by whoever enters, when the block is about to run;
+    until then leaving takes back what was written. `ended` and `requeue_ms` are written by whoever
+    leaves, and read by the thread or task that renews; `kept` the other way round, when that thread
+    ends. `_tried` is written by whoever releases, and read by whoever leaves. `_releasing` is
+    locked while someone does, for the one case in which two may: a thread whose start was
+    interrupted may run all the same.
     """
 
     lease: Lease
@@ -211,6 +211,7 @@ class Keeper:
             )
         self.key: str = job_lock_key(canister_uid, vault_id)
         self.is_over: Callable[[], bool] = lambda: False
+        self.on_loss: Callable[[], object] = lambda: None
         self.entered: bool = False
         self.begun: bool = False
         self.ended: bool = False
@@ -321,6 +322,7 @@ class Keeper:
     def _logged(self, loss: JobLockLostError | None) -> JobLockLostError | None:
         if loss is not None and self._loss_unlogged.acquire(blocking=False):
             _log.error("%s (%r)", loss, self.key)
+            self.on_loss()
         return loss
 
     async def keep(self, wait: Callable[[float], Coroutine[Any, Any, None]]) -> None:

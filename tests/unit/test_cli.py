@@ -381,7 +381,7 @@ class TestRun:
         """One line, and the command is waited for all the same."""
         with subprocess.Popen(["true"]) as ended:
             ended.wait()
-        _child._send(ended.pid, signal.SIGTERM, own_group=True)
+        _child._Group(ended.pid).send(signal.SIGTERM)
         line = "joblock: the command did not get signal 15: No such process\n"
         assert capsys.readouterr().err == line
 
@@ -759,7 +759,7 @@ def test_a_childs_end_is_not_the_signal_that_came_early() -> None:
     """It is of a child that an exec left to this process."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     assert _child.early_signal(signals) is None
-    signals.put(signal.SIGCHLD)
+    signals.put(_child.LOOK)
     signals.put(signal.SIGTERM)
     assert _child.early_signal(signals) == signal.SIGTERM
 
