@@ -91,6 +91,10 @@ class FromThreads:
 
         return self.run(listed())
 
+    def server_time_ms(self, key: str) -> tuple[float, float] | None:
+        told: tuple[float, float] | None = self.run(cast(Any, self._store).server_time_ms(key))
+        return told
+
 
 def in_a_loop(
     store: AsyncConditionalBlobStore,

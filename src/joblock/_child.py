@@ -75,7 +75,7 @@ def attend(command: list[str], lock: OwnedJobLock, signals: Signals, grace_s: fl
         say(f"cannot run {command[0]}: {error.strerror}")
         return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
     family: _Family = _Group(child.pid) if own_group else _Descendants(child)
-    orphans = _processes.Orphans(child.pid)
+    orphans = _processes.Orphans()
     signalled = stopping = False
     kill_at = math.inf
     for signum in _drain(signals):  # even from the keys: the command may have started after them

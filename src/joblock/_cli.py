@@ -21,6 +21,7 @@ from . import (
     JobLockRecord,
     OwnedJobLock,
     __version__,
+    _processes,
     hold_job_lock,
     list_job_locks,
     peek_job_lock,
@@ -86,6 +87,7 @@ class _Arguments(argparse.Namespace):
     force: bool
     # doctor
     timeout: int
+    clock_skew: int
 
 
 # What the arguments of the functions are called on the command line.
@@ -172,6 +174,7 @@ def _hold(args: _Arguments, store: BlobStore) -> AbstractContextManager[OwnedJob
             at_most_ms=args.at_most,
             reason=args.reason,
             actor_uid=f"{socket.gethostname()} process {os.getpid()}",
+            extra=_processes.recorded(),
         )
     if args.wait or args.reason is not None:
         raise CommandError(USAGE, "run: --wait and --reason are for a new lock, not for --resume")
@@ -258,7 +261,9 @@ def _release(args: _Arguments) -> int:
 
 
 def _doctor(args: _Arguments) -> int:
-    findings = check_store(_open(args.store), timeout_s=args.timeout / 1000)
+    findings = check_store(
+        _open(args.store), timeout_s=args.timeout / 1000, clock_skew_ms=args.clock_skew
+    )
     for finding in findings:
         print_lines(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.check}: {finding.message}")
     return 0 if all(finding.ok for finding in findings) else CHECK_FAILED
@@ -395,6 +400,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="after how long to begin no further check (default: 2m)",
     )
+    doctor.add_argument(
+        "--clock-skew",
+        type=_duration,
+        default="1s",
+        metavar="TIME",
+        help="by how much this host's clock may differ from the server's (default: 1s)",
+    )
     return parser
 
 
@@ -481,6 +493,7 @@ def _add(
     parser.add_argument(
         "--store",
         metavar="URL",
+        action=_Once,
         help="such as s3://bucket/prefix or sqlite:PATH (default: JOBLOCK_STORE, else the SQLite "
         "file joblock/jobs.db in ~/.local/state or the like on other systems, which serves this "
         "user on this host only)",
@@ -491,6 +504,21 @@ def _add(
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise CommandError(USAGE, f"{message} (see {self.prog} --help)")
+
+
+class _Once(argparse.Action):
+    """An option that is given twice is a mistake, since one of the two would be ignored."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
 
 
 def _exit_status(text: str) -> int:

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Generator
 
+from . import _processes
 from ._record import JobLockRecord, epoch_ms, utc
 from ._store import BlobStore
 
@@ -33,6 +34,7 @@ def table(uid: str, vault: str, record: JobLockRecord, now_ms: float) -> list[st
         "job": record.job_id,
         "run": record.run_id,
         "actor": record.actor_uid,
+        "process": _PROCESS_IS.get(_processes.recorded_lives(record)),
         "reason": record.reason,
         "chunks": record.chunks_to_embed,
         "estimate": None if record.estimated_seconds is None else f"{record.estimated_seconds} s",
@@ -41,6 +43,12 @@ def table(uid: str, vault: str, record: JobLockRecord, now_ms: float) -> list[st
         "expires": _when(record.expires_at, now_ms),
     }
     return [f"{name:<10}{_short(str(value))}" for name, value in rows.items() if value is not None]
+
+
+_PROCESS_IS: dict[bool | None, str] = {
+    True: "it exists, on this host",
+    False: "it has ended, on this host: nobody renews the lock",
+}
 
 
 def state_of(record: JobLockRecord, now_ms: float) -> str:

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ._record import JobLockRecord, JsonValue
+
 _PROC = Path("/proc")
+_FIELD = "process"
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
@@ -36,13 +39,40 @@ def _process(stat: Path) -> _Process:
     return _Process(int(pid), fields[0] in "ZX", int(fields[1]), int(fields[2]), fields[19])
 
 
-def started(pid: int) -> str | None:
-    """When a process started: what tells it from a later one with its number. None: not known."""
+def identity(pid: int) -> dict[str, JsonValue] | None:
+    """What tells a process from every other one, or None if there is none, or none is known.
+
+    Numbers are used again, so it has the moment of its start; and it has this start of this host,
+    and the namespace in which the number is meant.
+    """
     with contextlib.suppress(OSError):
-        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        host = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         process = _process(_PROC / str(pid) / "stat")
-        return None if process.ended else f"{boot}/{process.started}"
+        if not process.ended:
+            space = (_PROC / "self/ns/pid").readlink()
+            return {"pid": pid, "started": process.started, "host": f"{host} {space}"}
     return None
+
+
+def recorded() -> dict[str, JsonValue]:
+    """Return the extra fields in which a lock's record tells which process took it."""
+    own = identity(os.getpid())
+    return {} if own is None else {_FIELD: own}
+
+
+def recorded_lives(record: JobLockRecord) -> bool | None:
+    """Whether the process that took a lock lives; None if it did not say, or elsewhere."""
+    return lives(record.extra.get(_FIELD))
+
+
+def lives(identified: JsonValue) -> bool | None:
+    """Whether the process with this identity lives; None if it is not known here."""
+    own = identity(os.getpid())
+    match identified:
+        case {"pid": int(pid), "host": host} if own is not None and host == own["host"]:
+            return identity(pid) == identified
+        case _:
+            return None
 
 
 def group_goes_on(group: int) -> bool:
@@ -85,12 +115,11 @@ def adopt_orphans() -> bool:
 class Orphans:
     """The children that this process was given; they stay in the list until it takes note of them.
 
-    Its own are left to those who started them, such as an SDK that asks a program for a token:
-    these do so at once. So only those go that had ended at the last look already.
+    Those that it started are left to whoever did, such as an SDK that asks a program for a token,
+    who does so at once. So only those go that had ended at the last look already.
     """
 
-    def __init__(self, command: int) -> None:
-        self._command = command
+    def __init__(self) -> None:
         self._seen: set[int] = set()
 
     def reap(self) -> None:
@@ -98,7 +127,7 @@ class Orphans:
         ended = {
             process.pid
             for process in _processes()
-            if process.ended and process.parent == os.getpid() and process.pid != self._command
+            if process.ended and process.parent == os.getpid()
         }
         for pid in ended & self._seen:
             with contextlib.suppress(ChildProcessError):

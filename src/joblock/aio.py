@@ -363,7 +363,9 @@ def open_store(url: str | None = None) -> AsyncBlobStore:
     return native or ThreadedBlobStore(_open_store(url))
 
 
-async def check_store(store: AsyncBlobStore, *, timeout_s: float = 120) -> list[Finding]:
+async def check_store(
+    store: AsyncBlobStore, *, timeout_s: float = 120, clock_skew_ms: float = 1000
+) -> list[Finding]:
     """As `joblock.conformance.check_store`, of an async store, under asyncio.
 
     A call that is cancelled goes on in a thread until its check under way has ended.
@@ -374,10 +376,12 @@ async def check_store(store: AsyncBlobStore, *, timeout_s: float = 120) -> list[
         return lambda *args: asyncio.run_coroutine_threadsafe(method(*args), loop).result()
 
     _require_async(store, _EVERY_STORE)
-    names = [*_methods(store, _EVERY_STORE), *(["cautions"] if hasattr(store, "cautions") else [])]
+    more = [name for name in ("cautions", "server_time_ms") if hasattr(store, name)]
+    names = [*_methods(store, _EVERY_STORE), *more]
     methods = {name: calling(getattr(store, name)) for name in names}
     called: Any = SimpleNamespace(**methods)
-    return await asyncio.to_thread(_check_store, called, timeout_s=timeout_s)
+    check = partial(_check_store, called, timeout_s=timeout_s, clock_skew_ms=clock_skew_ms)
+    return await asyncio.to_thread(check)
 
 
 _EVERY_STORE = ("get", "set", "delete")

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from ._ids import job_lock_key
+from ._record import epoch_ms
 from ._store import (
     Blob,
     BlobStore,
@@ -61,13 +62,17 @@ class Finding(Value):
         return self.ok
 
 
-def check_store(store: BlobStore, *, timeout_s: float = 120) -> list[Finding]:
+def check_store(
+    store: BlobStore, *, timeout_s: float = 120, clock_skew_ms: float = 1000
+) -> list[Finding]:
     """Try what the lock needs on a live, blocking store, under throwaway keys.
 
     Returns one finding for each check, always in the same order: "conditional-writes", what every
     store must do, what a conditional store must do, and "clean-up". A plain store gets those that
     apply. A store that has a method `cautions`, as Redis's, gets "settings": that is always ok, and
-    its message begins with "warning" if a setting of the server's may free a lock. What the store
+    its message begins with "warning" if a setting of the server's may free a lock. One that has
+    `server_time_ms`, as most remote ones, gets "clock", which fails if this host's clock differs
+    from the server's by more than `clock_skew_ms`. What the store
     raises is a finding too; a 429 among them means that the service limits how often a key may be
     written, and that this check tells nothing.
 
@@ -88,7 +93,8 @@ def check_store(store: BlobStore, *, timeout_s: float = 120) -> list[Finding]:
         with ThreadPoolExecutor(_CONTENDERS) as threads:
             probe = _ConditionalProbe(store, threads)
             checks = {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS}
-            return [_CONDITIONAL, *_findings(probe, checks, timeout_s), *_settings(store)]
+            findings = [_CONDITIONAL, *_findings(probe, checks, timeout_s)]
+            return [*findings, *_clock(probe, store, clock_skew_ms), *_settings(store)]
     return [_NOT_CONDITIONAL, *_findings(_Probe(store), _PLAIN_CHECKS, timeout_s)]
 
 
@@ -110,6 +116,39 @@ def _settings(store: ConditionalBlobStore) -> list[Finding]:
     except Exception as error:
         texts = [f"not known: {_said(error)}"]
     return [Finding(True, "settings", text) for text in texts]
+
+
+def _clock(
+    probe: _ConditionalProbe, store: ConditionalBlobStore, clock_skew_ms: float
+) -> list[Finding]:
+    server_time_ms: Callable[[str], tuple[float, float] | None] | None
+    server_time_ms = getattr(store, "server_time_ms", None)
+    if server_time_ms is None:
+        return []
+    try:
+        before = epoch_ms()
+        told = server_time_ms(probe.new_key())
+        after = epoch_ms()
+    except Exception as error:
+        return [Finding(True, "clock", f"not known: {_said(error)}")]
+    if told is None:
+        return [Finding(True, "clock", "the server does not tell its time")]
+    # The server read its clock at some moment between the two readings of this host's.
+    behind, ahead = after - told[0], told[1] - before
+    least = max(-behind, -ahead, 0)
+    if least <= clock_skew_ms:
+        most = max(behind, ahead) / 1000
+        return [Finding(True, "clock", f"this host's clock is within {most:.1f} s of the server's")]
+    which = "behind" if ahead > behind else "ahead of"
+    return [
+        Finding(
+            False,
+            "clock",
+            f"this host's clock is {least / 1000:.1f} s or more {which} the server's: two hosts "
+            "may not agree whether a lock has expired; set the clock, or pass clock_skew_ms to "
+            "acquire",
+        )
+    ]
 
 
 class _BrokenRuleError(Exception):

@@ -21,6 +21,7 @@ from joblock import (
     peek_job_lock,
     sweep_job_locks,
 )
+from joblock._record import epoch_ms
 from joblock.aio import ThreadedBlobStore
 from joblock.conformance import check_store
 from joblock.stores.sqlite import SqliteBlobStore
@@ -329,6 +330,26 @@ def test_every_history_is_that_of_one_atomic_key(store: ConditionalBlobStore, na
 
         events = [event for events in at_once(client) for event in events]
         assert explanation(events) is not None, events
+
+
+@pytest.mark.parametrize("found", ["", "x"])
+@pytest.mark.parametrize(
+    "name", [name for name in (*NAMES, *DATABASES) if name != "s3-tombstone"], indirect=True
+)
+def test_the_clock_of_the_server(name: str, backends: Backends, found: str) -> None:
+    """It is this host's here; the key may be there or not."""
+    with ExitStack() as stack:
+        store: Any = backends[name].open(stack, backends.new_prefix())
+        if found:
+            store.set(KEY, found)
+        before = epoch_ms()
+        told = store.server_time_ms(KEY)
+        after = epoch_ms()
+    if told is None:
+        assert (name, found) == ("gcs", "x")  # what it answers then its client does not show
+    else:
+        assert told[0] <= after + 1
+        assert told[1] >= before - 1  # these are whole milliseconds
 
 
 def test_it_keeps_its_word(store: ConditionalBlobStore) -> None:

@@ -43,7 +43,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 def lives(pid: int) -> bool:
     """Not one that has ended and that nobody has taken note of."""
-    return _processes.started(pid) is not None
+    return _processes.identity(pid) is not None
 
 
 class Terminal:

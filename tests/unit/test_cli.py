@@ -29,6 +29,7 @@ from joblock import (
     JobLockRecord,
     _child,
     _output,
+    _processes,
     acquire_job_lock,
     job_lock_key,
     list_job_locks,
@@ -393,6 +394,46 @@ class TestRun:
         assert run("run", UID, VAULT, "--", "sh", "-c", script)[:2] == (143, "held\n")
         assert store.get(KEY) is None
 
+    def test_at_a_terminal(self, run: Run, store: SqliteBlobStore, monkeypatch: Any) -> None:
+        """The command is in this process's group, gets what is sent, and the keys by itself."""
+        monkeypatch.setattr(_child, "_foreground_group", lambda _terminal: os.getpgrp())
+        monkeypatch.setattr(_processes, "descendants", lambda _group: set[int]())  # not the tests'
+        group = f"{sys.executable} -c 'import os; print(os.getpgrp())'"
+        script = f"{group}; kill -INT $PPID; kill -TERM $PPID; sleep 60"
+        status, out, err = run("run", UID, VAULT, "--", "sh", "-c", script)
+        assert (status, err) == (143, "")
+        assert int(out) == os.getpgrp()
+        assert store.get(KEY) is None
+
+    def test_a_store_that_does_not_answer_to_the_release(
+        self, run: Run, store: SqliteBlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It says what it waits for, one signal ends that, and the status is the command's."""
+        main_thread = threading.main_thread().ident or 0
+        said, go = threading.Event(), threading.Event()
+
+        class Hanging(SqliteBlobStore):
+            def delete_if_match(self, key: str, etag: str) -> bool:
+                assert said.wait(30)
+                signal.pthread_kill(main_thread, signal.SIGTERM)
+                assert go.wait(30)
+                return super().delete_if_match(key, etag)
+
+        def say(text: str) -> None:
+            _output.say(text)
+            said.set()
+
+        monkeypatch.setattr(cli, "_open_shared", lambda _url: Hanging(store._path))  # pyright: ignore
+        monkeypatch.setattr(cli, "_SLOW_S", 0.01)
+        monkeypatch.setattr(cli, "say", say)
+        status, out, err = run("run", UID, VAULT, "--ttl", "1h", "--", "sh", "-c", "exit 5")
+        go.set()
+        assert (status, out) == (5, "")
+        first, second = err.splitlines()
+        assert "waiting for the store to release the lock" in first
+        assert "could not release" in second
+        assert "no answer from the store" in second
+
     def test_which_group_has_the_terminal(self, tmp_path: Path) -> None:
         """None where there is no terminal, or one that is not this process's."""
         assert _child._foreground_group(tmp_path / "missing") is None
@@ -428,6 +469,26 @@ class TestPeek:
             "started   DATE (3 minutes ago)\n"
             "expires   DATE (in 12 minutes)\n"
         )
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is known")
+    def test_whether_the_process_exists(self, run: Run, store: SqliteBlobStore) -> None:
+        """On the host that took the lock, and only if it was `joblock run` that did."""
+        peek = f"{sys.executable} -m joblock peek {UID} {VAULT}"
+        status, out, _ = run("run", UID, VAULT, "--at-least", "1h", "--", "sh", "-c", peek)
+        assert status == 0
+        assert "process   it exists, on this host\n" in out
+        record = peek_job_lock(store, UID, VAULT)
+        assert record is not None
+        process: Any = record.extra["process"]
+        assert process["pid"] == os.getpid()
+        for changed, said in {
+            "started": "process   it has ended, on this host",
+            "host": "",
+        }.items():
+            other = record.__replace__(extra={"process": {**process, changed: "1"}})
+            store.set(KEY, other.to_json())
+            shown = run("peek", UID, VAULT)[1]
+            assert said in shown if said else "process   " not in shown
 
     def test_none(self, run: Run, store: SqliteBlobStore) -> None:
         """Status 1, and where it looked; as JSON, null."""
@@ -599,6 +660,21 @@ class TestDoctor:
         assert len(out.splitlines()) > 5
         assert all(line.startswith("ok    ") for line in out.splitlines())
 
+    @pytest.mark.parametrize(("ahead_ms", "status"), [(-3000, 1), (-500, 0), (500, 0), (3000, 1)])
+    def test_the_clock(
+        self, run: Run, store: SqliteBlobStore, monkeypatch: Any, ahead_ms: int, status: int
+    ) -> None:
+        """It may differ from the server's by a second, or by what --clock-skew says."""
+
+        def server_time_ms(_: object, _key: str) -> tuple[float, float]:
+            return epoch_ms() + ahead_ms, epoch_ms() + ahead_ms
+
+        monkeypatch.setattr(SqliteBlobStore, "server_time_ms", server_time_ms, raising=False)
+        assert run("doctor")[0] == status
+        found, out, _ = run("doctor", "--clock-skew", "1h")
+        assert found == 0
+        assert "ok    clock: this host's clock is within " in out
+
     def test_a_store_that_forgets_its_conditions(self, run: Run, store: object, path: Path) -> None:
         """FAIL, the line that says what, and status 1."""
         with contextlib.closing(sqlite3.connect(path)) as other:
@@ -665,6 +741,7 @@ class TestArguments:
             ),
             ("run u v --wait 5 -- true", "argument --wait: '5' is not a time"),
             ("peek user-1 Business --store jobs.db", "--store: a store is sqlite:PATH"),
+            ("peek u v --store memory: --store sqlite:a", "--store is given twice"),
         ],
     )
     def test_what_is_wrong_is_named(self, run: Run, line: str, problem: str) -> None:

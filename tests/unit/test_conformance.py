@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import pytest
 
 from joblock import AsyncBlobStore, Blob, MemoryBlobStore, aio
+from joblock._record import epoch_ms
 from joblock.aio import ThreadedBlobStore
 from joblock.conformance import _CONTENDERS, _RACES, Finding, _Probe, check_store
 from joblock.stores.sqlite import SqliteBlobStore
@@ -621,6 +622,41 @@ def test_it_makes_no_more_requests_than_it_says() -> None:
     most, most_on_plain = map(int, re.findall(r"at most (\d+)", text))
     assert most * 0.9 < conditional.calls <= most
     assert most_on_plain * 0.8 < len(plain.calls) <= most_on_plain
+
+
+class Timed(MemoryBlobStore):
+    """Whose server tells its time, if `told` is a time."""
+
+    def __init__(self, told: Callable[[], tuple[float, float] | None]) -> None:
+        super().__init__()
+        self.told = told
+
+    def server_time_ms(self, key: str) -> tuple[float, float] | None:
+        assert self.get(key) is None
+        return self.told()
+
+
+def fails() -> None:
+    raise OSError("no answer")
+
+
+@pytest.mark.parametrize(
+    ("told", "ok", "says"),
+    [
+        (lambda: (epoch_ms() - 400, epoch_ms() - 400), True, "is within"),
+        (lambda: (epoch_ms() - 2500, epoch_ms() - 1501), False, "1.5 s or more ahead of the"),
+        (lambda: (epoch_ms() + 9000, epoch_ms() + 9999), False, "or more behind the server's"),
+        (lambda: None, True, "does not tell its time"),
+        (fails, True, "not known: raised OSError: no answer"),
+    ],
+    ids=["alike", "ahead", "behind", "untold", "unanswered"],
+)
+def test_the_clock_of_the_server(told: Any, ok: bool, says: str) -> None:
+    """By as much as is certain: it read its clock between two readings of this host's."""
+    finding = check_store(Timed(told))[-1]
+    assert (finding.ok, finding.check) == (ok, "clock")
+    assert says in finding.message
+    assert check_store(Timed(told), clock_skew_ms=60_000)[-1].ok
 
 
 def test_a_finding_is_a_value_as_true_as_it_is_ok() -> None:

@@ -51,6 +51,7 @@ FLOORS = [
     "conformance",
     "aio",
     "",
+    "_processes",
     "_output",
     "_child",
     "_cli",

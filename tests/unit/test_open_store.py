@@ -36,8 +36,13 @@ def test_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("", "a store is sqlite:PATH"),
-        ("jobs.db", "a store is sqlite:PATH"),
+        ("", "a store is sqlite:PATH, .*; this is empty"),
+        (
+            "jobs.db",
+            "a store is sqlite:PATH, .*; this looks like a file's path: put sqlite: before",
+        ),
+        ("/srv/jobs/locks", "put sqlite: before it"),
+        ("C:\\jobs\\locks.db", "put sqlite: before it"),
         ("AccountName=a;AccountKey=secret=;", "a store is sqlite:PATH"),
         ("AccountKey=secret;BlobEndpoint=https://x", "a store is sqlite:PATH"),
         ("mongodb://user:secret@host", "there is no 'mongodb'"),

@@ -22,7 +22,7 @@ from joblock import (
     hold_job_lock,
     release_job_lock,
 )
-from joblock._hold import stop_waiting
+from joblock._hold import stop_waiting, tell_of_loss
 from joblock._lease import Keeper, pause_ms
 from tests.holding import HOUR, MINUTE, make_keeper, poll, renewing_threads
 from tests.support import (
@@ -291,5 +291,6 @@ class TestWaiting:
         with hold as lock:
             stop_waiting(hold)
             stop_waiting(contextlib.nullcontext(lock))  # a user's own, say
+            tell_of_loss(contextlib.nullcontext(lock), pytest.fail)
             assert not lock._keeper.ended
         assert list(store) == []

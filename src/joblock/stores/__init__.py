@@ -104,10 +104,19 @@ def open_store(url: str | None = None) -> ConditionalBlobStore:
 
             return connect_sql(url)
         case _:
-            # Not the whole of it: there may be a password in it, or it may be one.
-            named = colon and re.fullmatch("[a-z0-9+]+", scheme)
-            given = f"; there is no {scheme!r}" if named else ""
-            raise ValueError(f"a store is {_URLS}{given}")
+            raise ValueError(f"a store is {_URLS}{_mistaken(url)}")
+
+
+def _mistaken(url: str) -> str:
+    """What is said of a URL that is none: not itself, for it may be a password, or have one."""
+    scheme, colon, _ = url.partition(":")
+    if colon and re.fullmatch("[a-z0-9+]{2,}", scheme):
+        return f"; there is no {scheme!r}"
+    if not url:
+        return "; this is empty"
+    if re.fullmatch(r"([A-Za-z]:)?[^:;=?@]*([/\\][^:;=?@]*|\.(db|sqlite3?))", url):
+        return "; this looks like a file's path: put sqlite: before it"
+    return ""
 
 
 def _default_store() -> ConditionalBlobStore:

@@ -67,6 +67,16 @@ def whole(etag: object) -> str:
     raise CutReplyError(f"the reply has no whole etag, but {etag!r}")
 
 
+def dated(date: object) -> tuple[float, float] | None:
+    """Return the first and the last millisecond of what a reply's `Date` says, if it has one."""
+    from email.utils import parsedate_to_datetime  # slow, and only `doctor` asks
+
+    if not isinstance(date, str):
+        return None
+    second_ms = parsedate_to_datetime(date).timestamp() * 1000
+    return second_ms, second_ms + 999
+
+
 class DoubtfulRefusal(Exception):  # noqa: N818 - it is caught here, always
     """The client repeated a request by itself, and then it was refused."""
 

@@ -14,6 +14,7 @@ from ._remote import (
     CutReplyError,
     Pool,
     Retry,
+    dated,
     is_etag,
     missing,
     whole,
@@ -122,6 +123,19 @@ class AzureBlobStore:
             return keys, pages.continuation_token
 
         return _RETRY.pages(send)
+
+    def server_time_ms(self, key: str) -> tuple[float, float] | None:
+        """Return between which epoch milliseconds the service's clock is; for `check_store`.
+
+        It asks for `key`, which need not be there. None if it does not say.
+        """
+        dates: list[object] = []
+
+        def note(response: Any) -> None:
+            dates.append(response.http_response.headers.get("Date"))
+
+        self._blob(key).exists(raw_response_hook=note, **_REQUEST)
+        return dated(dates[-1])
 
     def _write(self, key: str, value: str, **condition: Any) -> str | None:
         blob = self._blob(key)

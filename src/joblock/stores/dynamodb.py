@@ -9,7 +9,7 @@ from typing import Any
 
 from .._store import Blob
 from ._etag import is_ours, new_etag
-from ._remote import CutReplyError, DoubtfulRefusal, Pool, bounded, missing
+from ._remote import CutReplyError, DoubtfulRefusal, Pool, bounded, dated, missing
 
 try:
     from botocore.exceptions import ClientError
@@ -120,6 +120,14 @@ class DynamoBlobStore:
             return [item["key"]["S"] for item in answer["Items"]], answer.get("LastEvaluatedKey")
 
         return _RETRY.pages(send)
+
+    def server_time_ms(self, key: str) -> tuple[float, float] | None:
+        """Return between which epoch milliseconds the service's clock is; for `check_store`.
+
+        It asks for `key`, which need not be there. None if it does not say.
+        """
+        answer = self._ask("get_item", Key=_key(key))
+        return dated(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))
 
     def _put(self, key: str, value: str, condition: dict[str, Any]) -> str | None:
         etag = new_etag()

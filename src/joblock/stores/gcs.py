@@ -11,7 +11,16 @@ from hashlib import md5
 from typing import Any
 
 from .._store import Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, CutReplyError, Pool, Retry, missing, whole
+from ._remote import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    CutReplyError,
+    Pool,
+    Retry,
+    dated,
+    missing,
+    whole,
+)
 
 try:
     import requests
@@ -102,6 +111,18 @@ class GcsBlobStore:
             return [blob.name.removeprefix(self._prefix) for blob in page], listing.next_page_token
 
         return _RETRY.pages(send)
+
+    def server_time_ms(self, key: str) -> tuple[float, float] | None:
+        """Return between which epoch milliseconds the service's clock is; for `check_store`.
+
+        It asks for `key`, which need not be there. None if it does not say.
+        """
+        try:
+            self._blob(key).reload(**_REQUEST)
+        except GoogleAPICallError as error:
+            response: Any = error.response
+            return dated(response.headers.get("date"))
+        return None
 
     def _write(self, key: str, value: str, generation: int | None) -> str | None:
         def send() -> str | None:

@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from .._store import TOMBSTONE, Blob
 from ._http import Answer, Connections
-from ._remote import READ_TIMEOUT_S, CutReplyError, Retry, is_etag, whole
+from ._remote import READ_TIMEOUT_S, CutReplyError, Retry, dated, is_etag, whole
 
 __all__ = ["NetlifyBlobStore", "NetlifyBlobsError", "connect"]
 
@@ -169,6 +169,13 @@ class NetlifyBlobStore:
             return [unquote(blob["key"]) for blob in blobs], cursor
 
         return _RETRY.pages(send)
+
+    def server_time_ms(self, key: str) -> tuple[float, float] | None:
+        """Return between which epoch milliseconds the service's clock is; for `check_store`.
+
+        It asks for `key`, which need not be there. None if it does not say.
+        """
+        return dated(self._request("GET", key, (404,)).headers.get("date"))
 
     def _read(self, key: str) -> Answer | None:
         answer, _ = _RETRY.ask(partial(self._request, "GET", key, (404,)))

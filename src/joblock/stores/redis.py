@@ -68,6 +68,7 @@ if not current or redis.sha1hex(current) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', {_REMOVED_FOR_MS})
 return 1
 """)
+_TIME = _Script("return redis.call('TIME')")
 _RAW: dict[str, Any] = {"NEVER_DECODE": True}  # whatever `decode_responses` says
 
 
@@ -131,6 +132,13 @@ class RedisBlobStore:
         """Return what of the server's settings may free a live lock; for `check_store`."""
         return _cautions(self._client.config_get("maxmemory-policy"))
 
+    def server_time_ms(self, key: str) -> tuple[float, float]:
+        """Return between which epoch milliseconds the server's clock is; for `check_store`.
+
+        The server is that which has `key`.
+        """
+        return _time(self._run(_TIME, key))
+
     def _name(self, key: str) -> bytes:
         return (self._prefix + key).encode()
 
@@ -189,6 +197,10 @@ class AsyncRedisBlobStore:
         async for key in keys:
             yield _text(key).removeprefix(self._prefix)
 
+    async def server_time_ms(self, key: str) -> tuple[float, float]:
+        """As `RedisBlobStore.server_time_ms`."""
+        return _time(await self._run(_TIME, key))
+
     async def cautions(self) -> list[str]:
         """As `RedisBlobStore.cautions`."""
         return _cautions(await self._client.config_get("maxmemory-policy"))
@@ -246,6 +258,12 @@ def _written(answer: int, value: str) -> str | None:
 
 def _etag(value: bytes) -> str:
     return hashlib.sha1(value, usedforsecurity=False).hexdigest()
+
+
+def _time(answer: list[bytes]) -> tuple[float, float]:
+    seconds, microseconds = map(int, answer)
+    time_ms = seconds * 1000 + microseconds / 1000
+    return time_ms, time_ms
 
 
 def _cautions(config: dict[Any, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from ._remote import (
     CutReplyError,
     DoubtfulRefusal,
     Pool,
+    dated,
     is_etag,
     missing,
     whole,
@@ -138,6 +139,17 @@ class S3BlobStore:
             return keys, response["NextContinuationToken"] if more else None
 
         return _RETRY.pages(send)
+
+    def server_time_ms(self, key: str) -> tuple[float, float] | None:
+        """Return between which epoch milliseconds the service's clock is; for `check_store`.
+
+        It asks for `key`, which need not be there. None if it does not say.
+        """
+        try:
+            response: Any = self._client.head_object(**self._object(key))
+        except ClientError as error:
+            response = error.response
+        return dated(response["ResponseMetadata"]["HTTPHeaders"].get("date"))
 
     def _write(self, key: str, value: str, **condition: str) -> str | None:
         def send() -> str | None:

@@ -37,6 +37,7 @@ try:
         insert,
         make_url,
         select,
+        text,
         update,
     )
     from sqlalchemy.dialects import mysql, postgresql, sqlite
@@ -172,6 +173,13 @@ class SqlBlobStore:
             yield from page
             after = page[-1]
 
+    def server_time_ms(self, _key: str) -> tuple[float, float] | None:
+        """Return between which epoch milliseconds the database's clock is; for `check_store`.
+
+        None for SQLite, which has this host's.
+        """
+        return self._rows.server_time_ms()
+
 
 class AsyncSqlBlobStore:
     """As `SqlBlobStore`, over an `AsyncEngine`, for `joblock.aio` under asyncio."""
@@ -228,6 +236,10 @@ class AsyncSqlBlobStore:
             for key in page:
                 yield key
             after = page[-1]
+
+    async def server_time_ms(self, _key: str) -> tuple[float, float] | None:
+        """As `SqlBlobStore.server_time_ms`."""
+        return await greenlet_spawn(self._rows.server_time_ms)
 
 
 class _Rows:
@@ -318,6 +330,13 @@ class _Rows:
         beyond = f"{prefix}\U0010ffff"
         return [row[0] for row in self._ask(self._page, first=prefix, beyond=beyond, after=after)]
 
+    def server_time_ms(self) -> tuple[float, float] | None:
+        statement = _TIMES.get(self._engine.dialect.name)
+        if statement is None:
+            return None
+        time_ms = float(self._ask(text(statement))[0][0]) * 1000
+        return time_ms, time_ms
+
     def _write(self, wrote: Callable[[], bool], key: str, value: str, etag: str) -> str | None:
         def send() -> str | None:
             return etag if wrote() else None
@@ -347,6 +366,11 @@ class _Rows:
             return False
 
 
+_TIMES = {
+    "postgresql": "SELECT extract(epoch FROM clock_timestamp())",
+    "mysql": "SELECT unix_timestamp(now(6))",
+    "mariadb": "SELECT unix_timestamp(now(6))",
+}
 _INSERTS: dict[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 
 
