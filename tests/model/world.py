@@ -42,6 +42,7 @@ REFUSED = "takes effect, repeated and refused"
 TTL = 100
 START = 1_000
 UID, VAULT = "u", "v"
+KEY = "index-jobs/u/v.json"
 ORIGINAL_FIELDS = [
     "jobId", "canisterUid", "vaultId", "actorUid", "chunksToEmbed", "estimatedSeconds", "reason",
     "startedAt", "expiresAt",
@@ -75,6 +76,7 @@ class Algorithm:
     leave: Callable[..., Awaitable[ReleaseResult]] = _protocol.release
     requeue: Callable[..., Awaitable[Renewed | Lost]] = _protocol.requeue
     undo: Callable[..., Awaitable[object]] = _protocol.undo
+    sweep: Callable[..., Awaitable[Blob | None]] = _protocol.sweep
     etags_repeat: bool = False
 
 
@@ -89,6 +91,7 @@ class Limits(NamedTuple):
     without_etag: bool = True  # also release and renew without the etag that the client has
     refused: bool = False  # a fault may be that the client is refused by its own repeated write
     runs: bool = False  # clients resume job x, or hold locks of their own
+    sweeps: bool = False  # whoever has no lock may remove what has expired by its clock
     at_least: int = 0  # milliseconds from its start for which a lock is kept, with `runs`
     at_most: int | None = None
 
@@ -248,6 +251,8 @@ class World:
             yield Action(TIME_PASSES)
 
     def _next_operations(self, client: Client) -> Iterator[str]:
+        if self.limits.sweeps and not client.job:
+            yield "sweep"
         if self.limits.runs:
             if client.undoes is not None:
                 yield "undo"
@@ -363,6 +368,9 @@ class World:
         match outcome:
             case _ if op.kind == "undo" and isinstance(outcome, ReleaseResult | Renewed | Lost):
                 ended = ended._replace(job="")
+            case Blob() | None if op.kind == "sweep":
+                removed = "" if outcome is None else outcome.value
+                check(removed == client.replaced, "a sweep removed something else than it says")
             case Acquired(job_id, record, etag, took_over):
                 check(job_id == op.job, "acquired under another job's id")
                 replaced = JobLockRecord.from_json(client.replaced)
@@ -459,6 +467,8 @@ class World:
             awaitable = algorithm.release(
                 STORE, UID, VAULT, expected_job_id=op.job, etag=op.etag or None
             )
+        elif op.kind == "sweep":
+            awaitable = algorithm.sweep(STORE, KEY, expired_by=clock())
         elif self.limits.runs:
             awaitable = self._of_a_run(op, clock, note)
         else:
@@ -514,6 +524,11 @@ class World:
 
     def _check_write(self, state: State, client: Client, op: Op, after: Stored) -> None:
         before = JobLockRecord.from_json(state.stored[0]) if state.stored else None
+        if op.kind == "sweep":
+            swept = state.stored and state.stored[0]
+            check(before is not None or swept == "null", f"a sweep removed {swept!r}")
+            check(before is None or not before.is_live(state.now), "a sweep removed a live lock")
+            return
         if before is not None and before.job_id != op.job:
             check(op.kind == "acquire", f"{op.kind} touched the record of job {before.job_id}")
             check(

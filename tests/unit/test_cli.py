@@ -396,8 +396,15 @@ class TestRun:
 
     def test_at_a_terminal(self, run: Run, store: SqliteBlobStore, monkeypatch: Any) -> None:
         """The command is in this process's group, gets what is sent, and the keys by itself."""
-        monkeypatch.setattr(_child, "_foreground_group", lambda _terminal: os.getpgrp())
-        monkeypatch.setattr(_processes, "descendants", lambda _group: set[int]())  # not the tests'
+
+        def own_group(_terminal: Path) -> int:
+            return os.getpgrp()
+
+        def no_others(_group: int) -> set[int]:  # which are the tests' servers
+            return set()
+
+        monkeypatch.setattr(_child, "_foreground_group", own_group)
+        monkeypatch.setattr(_processes, "descendants", no_others)
         group = f"{sys.executable} -c 'import os; print(os.getpgrp())'"
         script = f"{group}; kill -INT $PPID; kill -TERM $PPID; sleep 60"
         status, out, err = run("run", UID, VAULT, "--", "sh", "-c", script)

@@ -140,9 +140,12 @@ def test_what_is_started_meanwhile_is_told_too(monkeypatch: pytest.MonkeyPatch) 
         subprocess.Popen(["sleep", "60"]) as child,
         subprocess.Popen(["sleep", "60"]) as late,
     ):
-        looks = iter([set[int](), {late.pid}, {late.pid}])
-        monkeypatch.setattr(_processes, "descendants", lambda _group: next(looks))
+        looks = iter([set[int](), {late.pid}, {late.pid}, set[int]()])
+
+        def descendants(_group: int) -> set[int]:
+            return next(looks)
+
+        monkeypatch.setattr(_processes, "descendants", descendants)
         _child._Descendants(child).send(signal.SIGTERM)
         assert (child.wait(), late.wait()) == (-signal.SIGTERM, -signal.SIGTERM)
-    monkeypatch.setattr(_processes, "descendants", lambda _group: set[int]())
     assert not _child._Descendants(child).goes_on()

@@ -120,8 +120,8 @@ class GcsBlobStore:
         try:
             self._blob(key).reload(**_REQUEST)
         except GoogleAPICallError as error:
-            response: Any = error.response
-            return dated(response.headers.get("date"))
+            failed: Any = error
+            return dated(failed.response.headers.get("date"))
         return None
 
     def _write(self, key: str, value: str, generation: int | None) -> str | None:
