@@ -48,7 +48,6 @@ from ._output import (
 from ._protocol import was_expired
 from ._record import epoch_ms
 from ._store import BlobStore
-from .conformance import check_store
 from .stores import open_store
 from .stores.memory import MemoryBlobStore
 
@@ -261,6 +260,8 @@ def _release(args: _Arguments) -> int:
 
 
 def _doctor(args: _Arguments) -> int:
+    from .conformance import check_store  # slow, and only this command needs it
+
     findings = check_store(
         _open(args.store), timeout_s=args.timeout / 1000, clock_skew_ms=args.clock_skew
     )
@@ -430,11 +431,15 @@ If UID or VAULT begins with a dash: joblock run [OPTIONS] -- UID VAULT -- COMMAN
 Signals are passed on to the command; the lock is released when the command has ended. It finds
 its job's id in JOBLOCK_JOB_ID, and with --resume the id of this run in JOBLOCK_RUN_ID.
 
-Without a terminal the command leads a process group of its own. Signals go to the whole group, and
-after one the lock is kept until the whole group has ended.
+Signals go to the command and to all that it has started in its process group, and after one the
+lock is kept until all of these have ended; at a terminal only Linux knows them. What leaves the
+group on purpose, such as with setsid, is not followed.
 
 At a terminal Ctrl-C reaches the command by itself, and so a SIGINT that was sent to a foreground
 joblock alone is taken for Ctrl-C and not passed on: send SIGTERM.
+
+If joblock is killed with SIGKILL, Linux kills the command too, if util-linux's setpriv is there,
+but not what the command has started. Else the command goes on, and the lock expires beside it.
 
 example:
   joblock run user-1 Business --ttl 30m --reason nightly -- echo "index rebuilt"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ from joblock import (
 )
 from joblock._store import WrongStoreError
 from joblock.aio import AsyncMemoryBlobStore, ThreadedBlobStore
+from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import PlainStore, acquired
 
 HOUR = 3_600_000
@@ -239,3 +244,22 @@ def test_what_vanishes_before_it_is_swept_is_not_counted() -> None:
     take(store, "u", "v", 5)
     assert sweep_job_locks(store, expired_for_ms=0) == 0
     assert len(store) == 0
+
+
+@pytest.mark.slow
+def test_a_listing_of_many_keeps_none(tmp_path: Path) -> None:
+    """20,000 records would take more than 10 MB."""
+    text = JobLockRecord("j", "u", "v", started_at=1, expires_at=2).to_json()
+    with SqliteBlobStore(tmp_path / "jobs.db") as store:
+        with closing(sqlite3.connect(tmp_path / "jobs.db")) as connection, connection:
+            connection.executemany(
+                "INSERT INTO joblock (key, value, etag) VALUES (?, ?, ?)",
+                [(f"index-jobs/u/{number}.json", text, f"e{number}") for number in range(20_000)],
+            )
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in list_job_locks(store)) == 20_000
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 2_000_000
