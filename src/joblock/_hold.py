@@ -22,7 +22,7 @@ from types import MethodType, TracebackType
 from . import _protocol
 from ._given import Duration, described, positive
 from ._ids import check_text
-from ._lease import Keeper, Once, over, way_out
+from ._lease import Keeper, Once, Timer, over, way_out
 from ._locks import view
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
@@ -275,9 +275,11 @@ class _Hold:
             daemon=True,
         )
         try:
-            run(self.keeper.enter(partial(_wait, self._ended)))
+            run(self.keeper.enter(partial(_pause, self.keeper.timer, self._ended)))
             self._thread.start()
             self._started = True
+            if self.keeper.timer is not None:
+                self.keeper.timer.starts(self._thread)
             self.keeper.begun = True
             return self._lock
         except BaseException:
@@ -350,8 +352,18 @@ def left_s(lock: OwnedJobLock) -> float:
     return lock._keeper.left_s()
 
 
-async def _wait(ended: threading.Lock, seconds: float) -> None:
-    ended.acquire(timeout=_waitable(seconds))
+async def _pause(timer: Timer | None, ended: threading.Lock, seconds: float) -> None:
+    if timer is None:
+        ended.acquire(timeout=_waitable(seconds))
+    else:
+        timer.pause(seconds)
+
+
+async def _sleep(timer: Timer | None, ended: threading.Lock, seconds: float) -> None:
+    if timer is None:
+        ended.acquire(timeout=_waitable(seconds))
+    else:
+        timer.sleep(seconds, ended)
 
 
 def _keep(
@@ -360,7 +372,7 @@ def _keep(
     kept: threading.Lock,
 ) -> None:
     try:
-        run(keeper.keep(partial(_wait, ended)))
+        run(keeper.keep(partial(_sleep, keeper.timer, ended)))
     except BaseException as error:  # a thread would drop a SystemExit without a word
         keeper.died(error)
     finally:

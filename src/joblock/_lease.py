@@ -33,7 +33,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _log, _protocol
 from ._errors import JobLockError, JobLockHeldError, JobLockLostError, LossReason
@@ -42,6 +42,9 @@ from ._ids import job_lock_key
 from ._record import JobLockRecord, as_number
 from ._results import Acquired, Held, Lost, Renewed
 from ._store import AsyncBlobStore
+
+if TYPE_CHECKING:
+    import asyncio
 
 # Seconds. Linux's usual monotonic clock stands still while the host sleeps, but a lease does not.
 _monotonic = (
@@ -52,6 +55,28 @@ _monotonic = (
 def monotonic_ms() -> float:
     """Milliseconds of a clock that nobody sets."""
     return _monotonic() * 1000
+
+
+class Timer(Protocol):
+    """A caller's clock that also moves the time in which a lock is kept, for tests."""
+
+    def monotonic_ms(self) -> float: ...
+
+    def starts(self, keeper: threading.Thread | asyncio.Task[Any]) -> None: ...
+
+    def pause(self, seconds: float) -> None: ...
+
+    async def pause_async(self, seconds: float) -> None: ...
+
+    def sleep(self, seconds: float, ended: threading.Lock) -> None: ...
+
+    async def sleep_async(self, seconds: float, ended: asyncio.Event) -> None: ...
+
+
+def _as_timer(clock: Any) -> Timer | None:
+    """Return the clock, if it is one of `joblock.testing` or like that."""
+    timer: Timer | None = clock if hasattr(clock, "monotonic_ms") else None
+    return timer
 
 
 # A clock that gives whole milliseconds drops a fraction: the record ends that much sooner.
@@ -193,6 +218,7 @@ class Keeper:
         uuid_factory: Callable[[], uuid.UUID | str],
         now: Callable[[], float] = monotonic_ms,
     ) -> None:
+        self.timer: Timer | None = _as_timer(clock)
         ttl_ms = positive("ttl_ms", ttl_ms)
         every_ms = ttl_ms / 3 if renew_every_ms is None else milliseconds(renew_every_ms)
         if every_ms is None or not 0 < every_ms < ttl_ms - _LOST_EARLY_MS:
@@ -225,7 +251,7 @@ class Keeper:
         self._clock_skew_ms = clock_skew_ms
         self._clock = clock
         self._uuid_factory = uuid_factory
-        self._now = now
+        self._now = now if self.timer is None else self.timer.monotonic_ms
         self._loss_unlogged = threading.Lock()
         self._releasing = threading.Lock()
         self._writing: tuple[JobLockRecord, JobLockRecord | None] | None = None

@@ -34,7 +34,7 @@ from . import _protocol
 from ._given import Duration, described, lenient_ttl, not_negative, positive
 from ._hold import OwnedJobLock
 from ._ids import check_text, job_lock_key, job_lock_prefix
-from ._lease import Keeper, Once, log_unreleased, over, way_out
+from ._lease import Keeper, Once, Timer, log_unreleased, over, way_out
 from ._locks import view
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
@@ -485,7 +485,7 @@ class _Hold:
         self._lock = OwnedJobLock(self._keeper)
         self._keeper.is_over = over(self._lock, self.bound_way_out)
         try:
-            enter = self._keeper.enter(partial(_wait, self._ended))
+            enter = self._keeper.enter(partial(_pause, self._keeper.timer, self._ended))
             await _undone_if_cancelled(enter, self._keeper.finish, self._stop)
             self._task = self._start()
             self._keeper.begun = True
@@ -530,7 +530,10 @@ class _Hold:
 
     def _start(self) -> asyncio.Task[None]:
         work = _keep(self._keeper, self._ended)
-        return _in_background(work, f"joblock {self._keeper.key}")
+        task = _in_background(work, f"joblock {self._keeper.key}")
+        if self._keeper.timer is not None:
+            self._keeper.timer.starts(task)
+        return task
 
     async def _finish(self) -> asyncio.CancelledError | None:
         """Have the task release the lock, and wait for it; return what cancels the waiting."""
@@ -565,6 +568,20 @@ class _Hold:
         exc.add_note(wrong)
 
 
+async def _pause(timer: Timer | None, ended: asyncio.Event, seconds: float) -> None:
+    if timer is None:
+        await _wait(ended, seconds)
+    else:
+        await timer.pause_async(seconds)
+
+
+async def _sleep(timer: Timer | None, ended: asyncio.Event, seconds: float) -> None:
+    if timer is None:
+        await _wait(ended, seconds)
+    else:
+        await timer.sleep_async(seconds, ended)
+
+
 async def _wait(ended: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
@@ -573,7 +590,7 @@ async def _wait(ended: asyncio.Event, seconds: float) -> None:
 
 async def _keep(keeper: Keeper, ended: asyncio.Event) -> None:
     try:
-        await keeper.keep(partial(_wait, ended))
+        await keeper.keep(partial(_sleep, keeper.timer, ended))
     except asyncio.CancelledError as error:
         if not keeper.ended:
             keeper.died(error)

@@ -98,7 +98,7 @@ sys.addaudithook(_hook)
 
 
 def started(run: Run, option: str, time: str, *rest: str) -> tuple[int, str, str]:
-    """Run with a short time or, where the machine is too slow to start the command in it, longer."""
+    """Run with a short time or, where the machine cannot start the command in it, a longer one."""
     words = rest if "--" in rest else ("--", *rest)
     for longer in (time, "3s", "30s"):
         status, out, err = run("run", UID, VAULT, option, longer, *words)

@@ -50,6 +50,7 @@ FLOORS = [
     "stores",
     "conformance",
     "aio",
+    "testing",
     "",
     "_processes",
     "_output",
@@ -154,6 +155,7 @@ def test_the_doors() -> None:
         "stores.s3",
         "stores.sql",
         "stores.sqlite",
+        "testing",
     ]
 
 
