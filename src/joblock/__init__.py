@@ -1,6 +1,21 @@
 """Keeps a background job from starting twice: a lease in the blob store that you already have.
 
-Async stores: `joblock.aio`. Stores that ship: `joblock.stores`.
+Take the lock before a job is started, and give its `job_id` to the worker:
+
+    acquire_job_lock(store, canister_uid, vault_id) -> Acquired | Held
+
+In the worker, or where one process does both, keep it while the job runs:
+
+    with resume_job_lock(store, canister_uid, vault_id, expected_job_id=...) as lock: ...
+    with hold_job_lock(store, canister_uid, vault_id) as lock: ...
+
+By hand, and for operators:
+
+    renew_job_lock, release_job_lock, peek_job_lock, list_job_locks, sweep_job_locks
+
+The same for async stores: `joblock.aio`. Stores that ship, and `open_store(url)`:
+`joblock.stores`. For your tests: `joblock.testing`. Whether a store keeps its word:
+`joblock.conformance`.
 """
 
 from typing import TYPE_CHECKING
@@ -26,7 +41,7 @@ from ._locks import (
     sweep_job_locks,
 )
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
-from ._record import JobLockRecord, JsonValue, epoch_ms
+from ._record import JobLockDict, JobLockRecord, JsonValue, epoch_ms
 from ._results import Acquired, Held, Lost, NotOwned, ReleaseResult, Renewed
 from ._store import (
     AsyncBlobStore,
@@ -37,7 +52,7 @@ from ._store import (
 )
 from .stores.memory import MemoryBlobStore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "HOLD_TTL_MS",
@@ -51,6 +66,7 @@ __all__ = [
     "Duration",
     "Held",
     "InvalidIdError",
+    "JobLockDict",
     "JobLockError",
     "JobLockHeldError",
     "JobLockLostError",

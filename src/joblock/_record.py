@@ -12,11 +12,31 @@ import math
 import re
 import time
 from json.encoder import encode_basestring
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, NotRequired, TypeAlias, TypedDict
 
 from ._value import Value, assign
 
+if TYPE_CHECKING:
+    from datetime import datetime
+
 JsonValue: TypeAlias = "dict[str, JsonValue] | list[JsonValue] | str | int | float | bool | None"
+
+
+class JobLockDict(TypedDict):
+    """What `JobLockRecord.to_dict` returns: a lock as it is on the wire, for an HTTP body."""
+
+    jobId: str | None
+    canisterUid: str | None
+    vaultId: str | None
+    actorUid: str | None
+    chunksToEmbed: float | None
+    estimatedSeconds: float | None
+    reason: str | None
+    startedAt: float | None
+    expiresAt: float | None
+    runId: NotRequired[str]
+    endedAt: NotRequired[float]
+
 
 # Deeper documents are no record. How deep Python's own parser goes depends on its version and on
 # the caller's stack; whether a lock is live must depend on neither.
@@ -112,11 +132,27 @@ class JobLockRecord(Value):
         left_ms = (self.expires_at or 0) + clock_skew_ms - now_ms
         return max(1, math.ceil(left_ms / 1000))
 
-    def to_dict(self) -> dict[str, JsonValue]:
+    @property
+    def started_datetime(self) -> datetime | None:
+        """`started_at` in UTC; None if it is None, or no calendar has it."""
+        return _datetime(self.started_at)
+
+    @property
+    def expires_datetime(self) -> datetime | None:
+        """`expires_at` in UTC; None if it is None, or no calendar has it."""
+        return _datetime(self.expires_at)
+
+    def to_dict(self) -> JobLockDict:
         """Return the fields under their names on the wire, in their order there.
 
-        `runId` and `endedAt` are there only where they are set: the original writes neither.
+        `runId` and `endedAt` are there only where they are set: the original writes neither. After
+        them come those of `extra`, which the type does not tell.
         """
+        fields: Any = self._fields()
+        typed: JobLockDict = fields
+        return typed
+
+    def _fields(self) -> dict[str, JsonValue]:
         fields: dict[str, JsonValue] = {
             "jobId": self.job_id,
             "canisterUid": self.canister_uid,
@@ -137,7 +173,7 @@ class JobLockRecord(Value):
     def to_json(self) -> str:
         """Return the text to store, the bytes of JavaScript's `JSON.stringify`."""
         if self.extra or self.run_id is not None or self.ended_at is not None:
-            text = _stringify(self.to_dict())
+            text = _stringify(self._fields())
         else:  # the same, in half of the time
             text = (
                 f'{{"jobId":{_stringify(self.job_id)}'
@@ -175,6 +211,17 @@ class JobLockRecord(Value):
 
 
 KNOWN_FIELDS = frozenset(JobLockRecord(None, None, None, run_id="", ended_at=0).to_dict())
+
+
+def _datetime(ms: float | None) -> datetime | None:
+    from datetime import UTC, datetime, timedelta  # a tenth of `import joblock`
+
+    if ms is None:
+        return None
+    try:
+        return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=ms)
+    except OverflowError:
+        return None
 
 
 def utc(ms: object) -> str | None:

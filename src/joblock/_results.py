@@ -43,6 +43,11 @@ class Acquired(Value):
         assign(self, "etag", etag)
         assign(self, "took_over", took_over)
 
+    @property
+    def expires_at(self) -> float:
+        """Until when the lock is this caller's, in epoch milliseconds."""
+        return self.record.expires_at or 0
+
     def __bool__(self) -> Literal[True]:
         return True
 
@@ -117,6 +122,11 @@ class Renewed(Value):
     def __init__(self, record: JobLockRecord, etag: str | None) -> None:
         assign(self, "record", record)
         assign(self, "etag", etag)
+
+    @property
+    def expires_at(self) -> float:
+        """Until when the lock is this caller's, in epoch milliseconds."""
+        return self.record.expires_at or 0
 
     def __bool__(self) -> Literal[True]:
         return True

@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 import time
+from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_extra_fields_of_newer_writers_are_kept_in_order() -> None:
     assert record is not None
     assert list(record.extra) == ["fence", "host", "big"]
     assert record.to_json() == FULL[:-1] + "," + extra + "}"
-    assert record.to_dict()["fence"] == 7
+    assert dict(record.to_dict())["fence"] == 7
 
 
 @pytest.mark.parametrize("extra", [{}, {"fence": 7}, {"jobId": "x"}])
@@ -319,3 +320,12 @@ def test_the_default_clock_is_javascripts_date_now() -> None:
     """Whole milliseconds since the epoch."""
     assert isinstance(epoch_ms(), int)
     assert abs(epoch_ms() - time.time() * 1000) < 60_000
+
+
+def test_the_moments_as_datetimes() -> None:
+    """In UTC, to the millisecond; None for what no calendar has."""
+    record = JobLockRecord("j", "u", "v", started_at=0, expires_at=1_764_440_000_123)
+    assert record.started_datetime == datetime(1970, 1, 1, tzinfo=UTC)
+    assert record.expires_datetime == datetime(2025, 11, 29, 18, 13, 20, 123_000, tzinfo=UTC)
+    beyond = JobLockRecord("j", "u", "v", expires_at=1e300)
+    assert (beyond.started_datetime, beyond.expires_datetime) == (None, None)

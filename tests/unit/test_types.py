@@ -21,6 +21,7 @@ from joblock import (
     BlobStore,
     ConditionalBlobStore,
     Held,
+    JobLockDict,
     JobLockRecord,
     Lost,
     MemoryBlobStore,
@@ -271,3 +272,16 @@ def test_wrong_calls() -> None:
     with pytest.raises(AttributeError):
         joblock.acquire_job_lock(store, "u", "v").job_id  # type: ignore[union-attr] # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     ReleaseResult(released=False, reason="other")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+def test_what_a_strict_user_need_not_ask() -> None:
+    """The deadline of a lock that one has is a number, and a body has the fields of the wire."""
+    lock = joblock.acquire_job_lock(MemoryBlobStore(), "u", "v")
+    assert lock.acquired is True
+    assert_type(lock.expires_at, float)
+    assert_type(lock.job_id, str)
+    body = lock.record.to_dict()
+    assert_type(body, JobLockDict)
+    assert_type(body["expiresAt"], float | None)
+    assert body["expiresAt"] == lock.expires_at
+    assert Renewed(lock.record, None).expires_at == lock.expires_at

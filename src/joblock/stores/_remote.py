@@ -45,10 +45,14 @@ def bounded(key: str, longest: int) -> str:
     return key
 
 
-def missing(module: str, error: ModuleNotFoundError, packages: str) -> ImportError:
-    """Return what to raise where a store's SDK is not installed: what installs it."""
+def missing(
+    module: str, error: ModuleNotFoundError, extra: str, *, driver: bool = False
+) -> ImportError:
+    """Return what to raise where a store's SDK, or a driver, is missing: what installs it."""
+    more = f" {error.name}" if driver else ""
     return ImportError(
-        f"{module} needs a package, {error.name} is missing: python -m pip install {packages}"
+        f"{module} needs a package, {error.name} is missing: "
+        f'python -m pip install "joblock[{extra}]"{more}'
     )
 
 

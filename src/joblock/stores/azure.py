@@ -20,14 +20,12 @@ from ._remote import (
     whole,
 )
 
-_PACKAGES = "azure-storage-blob azure-identity"
-
 try:
     from azure.core import MatchConditions
     from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
     from azure.storage.blob import ContainerClient, ContentSettings
 except ModuleNotFoundError as _error:
-    raise missing(__name__, _error, _PACKAGES) from _error
+    raise missing(__name__, _error, "azure") from _error
 
 
 __all__ = ["AzureBlobStore", "connect"]
@@ -184,7 +182,7 @@ def connect(container: str, prefix: str) -> AzureBlobStore:
         try:
             from azure.identity import DefaultAzureCredential
         except ModuleNotFoundError as error:
-            raise missing(__name__, error, _PACKAGES) from error
+            raise missing(__name__, error, "azure") from error
 
         url = f"https://{account}.blob.core.windows.net"
         client = ContainerClient(url, container, credential=DefaultAzureCredential())

@@ -16,7 +16,7 @@ try:
 
     from . import _aws
 except ModuleNotFoundError as _error:
-    raise missing(__name__, _error, "boto3") from _error
+    raise missing(__name__, _error, "dynamodb") from _error
 
 __all__ = ["QUICK", "TABLE", "DynamoBlobStore", "connect"]
 

@@ -27,7 +27,7 @@ try:
     from google.api_core.exceptions import GoogleAPICallError, NotFound, PreconditionFailed
     from google.auth.exceptions import TransportError
 except ModuleNotFoundError as _error:
-    raise missing(__name__, _error, "google-cloud-storage") from _error
+    raise missing(__name__, _error, "gcs") from _error
 
 
 __all__ = ["GcsBlobStore", "connect"]

@@ -18,7 +18,7 @@ try:
     from obstore.exceptions import AlreadyExistsError, GenericError, JoinError, PreconditionError
     from obstore.store import AzureStore, GCSStore, MemoryStore, S3Store
 except ModuleNotFoundError as _error:
-    raise missing(__name__, _error, "obstore") from _error
+    raise missing(__name__, _error, "object-store") from _error
 
 __all__ = ["AsyncObjectStoreBlobStore", "ObjectStoreBlobStore"]
 

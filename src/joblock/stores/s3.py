@@ -24,7 +24,7 @@ try:
 
     from . import _aws  # it needs boto3, too
 except ModuleNotFoundError as _error:
-    raise missing(__name__, _error, "boto3") from _error
+    raise missing(__name__, _error, "s3") from _error
 
 __all__ = ["QUICK", "S3BlobStore", "connect"]
 

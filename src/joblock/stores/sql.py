@@ -20,8 +20,6 @@ from .._store import Blob
 from ._etag import is_ours, new_etag
 from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, bounded, missing
 
-_PACKAGES = '"sqlalchemy>=2" greenlet, and a driver such as "psycopg[binary]" or pymysql'
-
 try:
     from sqlalchemy import (
         Column,
@@ -55,7 +53,7 @@ try:
     from sqlalchemy.types import TypeDecorator
     from sqlalchemy.util import await_only, greenlet_spawn
 except ModuleNotFoundError as _error:
-    raise missing(__name__, _error, _PACKAGES) from _error
+    raise missing(__name__, _error, "sql") from _error
 
 __all__ = ["AsyncSqlBlobStore", "SqlBlobStore", "connect", "connect_async"]
 
@@ -416,7 +414,7 @@ def _engine(make: Callable[..., _T], url: str) -> _T:
     except NoSuchModuleError as error:
         raise ValueError(f"SQLAlchemy knows no {parsed.drivername!r}") from error
     except ModuleNotFoundError as error:
-        raise missing(__name__, error, str(error.name)) from error
+        raise missing(__name__, error, "sql", driver=True) from error
 
 
 # What PostgreSQL (by SQLSTATE) and MariaDB (by number) say of a statement that they gave up for
