@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from joblock import (
     acquire_job_lock,
     peek_job_lock,
 )
-from joblock._store import is_conditional
+from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import acquired
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-HANDLER, WORKER, HOLD, OPEN, CHECK, OWN_STORE = PYTHON
+HANDLER, WORKER, CELERY, HOLD, TESTING, CHECK = PYTHON
 
 
 def test_the_handler() -> None:
@@ -58,10 +59,9 @@ def test_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             work("u", "v", job_id)
 
     scope: dict[str, Any] = {"build_index": build_index}
-    exec(OPEN, scope)  # noqa: S102
     exec(WORKER, scope)  # noqa: S102
     work = scope["work"]
-    with scope["store"] as store:
+    with SqliteBlobStore("jobs.db") as store:
         job_id = acquired(acquire_job_lock(store, "u", "v")).job_id
         with pytest.raises(ConnectionError):
             work("u", "v", job_id)
@@ -102,11 +102,31 @@ def test_the_check_of_a_store() -> None:
     assert len(scope["findings"]) > 10
 
 
-def test_the_store_of_ones_own() -> None:
-    """The methods listed are all that a conditional store needs."""
+def test_the_users_test() -> None:
+    """It passes."""
     scope: dict[str, Any] = {}
-    exec(OWN_STORE, scope)  # noqa: S102
-    assert is_conditional(scope["MyStore"]())
+    exec(TESTING, scope)  # noqa: S102
+    scope["test_an_hour_of_renewals"]()
+
+
+def test_what_is_quoted_is_so() -> None:
+    """The recipes that the README shows are those that the tests run."""
+    recipes = Path(__file__).parents[1] / "integration" / "recipes"
+    assert CELERY in (recipes / "celery_app.py").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^\*/10 .*$", README, re.MULTILINE)
+    assert line in (recipes / "crontab").read_text(encoding="utf-8").splitlines()
+    named = re.findall(r"`(\w+_(?:app|site|function)\.py|crontab|script\.py)`", README)
+    assert {*named} == {
+        path.name for path in recipes.iterdir() if path.suffix == ".py" or path.name == "crontab"
+    } - {"jobs.py", "kit_examples.py"}
+
+
+def test_it_is_short() -> None:
+    """A newcomer finds what he needs: 320 lines, and a heading every 25."""
+    lines = README.splitlines()
+    assert len(lines) <= 320
+    headings = [number for number, line in enumerate(lines) if re.match("#+ ", line)]
+    assert max(b - a for a, b in pairwise([*headings, len(lines)])) <= 25
 
 
 def test_the_snippets_are_as_short_as_they_claim() -> None:
