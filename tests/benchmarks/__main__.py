@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .command import command
 from .contention import contention
 from .databases import natively, on_postgresql, on_redis
 from .growth import growth
@@ -36,6 +37,7 @@ PARTS = {
     "contention": ("Processes on one SQLite file", contention),
     "growth": ("Many locks", growth),
     "startup": ("Start-up", startup),
+    "command": ("The command", command),
     "leaks": ("Left behind", leaks),
 }
 PACKAGES = ("filelock", "diskcache", "sherlock", "redis", "python-redis-lock", "portalocker")
