@@ -105,23 +105,10 @@ def hold_job_lock(
 ) -> AbstractContextManager[OwnedJobLock]:
     """Hold the lock of `(canister_uid, vault_id)` for as long as the `with` block runs.
 
-    Entering acquires, with `acquire_job_lock`'s keywords, and gives an `OwnedJobLock`. A daemon
-    thread renews the lock every `renew_every_ms`, so a job may run for hours with a TTL of a
-    minute, and if its process is killed the lock is free within that minute. The default is a
-    third of the TTL: an outage of the store that swallows two renewals is survived, because one
-    that failed is retried after a quarter of the interval. That thread calls the store, in a copy
-    of the caller's context variables. Whatever the block raises, leaving releases the lock.
-
-    All times are milliseconds, or a `timedelta`:
-
-    - `wait_ms`: for how long to wait for a lock that is held. It is looked at again after pauses
-      that grow from 0.1 s to 5 s, each shortened at random by up to a half, and no later than at
-      the holder's deadline: 20 to 35 reads in a minute.
-    - `at_least_ms`: from `started_at`, the least time for which the lock is kept, also when the
-      block raises. A job that ends sooner leaves its record, with `ended_at`, for the rest of it,
-      so that another host's cron, a little late, does not start the job again.
-    - `at_most_ms`: from `started_at`, the time beyond which no renewal moves the deadline: a job
-      that hangs loses its lock then.
+    Entering acquires, and gives an `OwnedJobLock`. A daemon thread renews the lock, so a job may
+    run for hours with a TTL of a minute, and if its process is killed the lock is free within that
+    minute. That thread calls the store, in a copy of the caller's context variables. Whatever the
+    block raises, leaving releases the lock.
 
     The lock is this job's by its job id and its `started_at`. It is lost when another has it, when
     its record is gone, or when no renewal succeeded before the lease's deadline: by real time, no
@@ -139,6 +126,33 @@ def hold_job_lock(
 
     The logger "joblock" writes a WARNING for a takeover, a failed renewal or a failed release, and
     an ERROR for a loss.
+
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        renew_every_ms: A third of the TTL by default, so that an outage of the store that swallows
+            two renewals is survived: one that failed is retried after a quarter of it.
+        actor_uid: Who starts the job, for people to read.
+        chunks_to_embed: How much there is to do, likewise.
+        estimated_seconds: How long it may take, likewise.
+        reason: Why, likewise. What is of a wrong type is recorded as null, with a `JobLockWarning`.
+        extra: Fields of your own, JSON values under names that the record does not have yet, such
+            as a queue's task id. They are kept when the lock is renewed or resumed.
+        ttl_ms: The lease, for how long a crash keeps the lock from others. All times are
+            milliseconds, or a `timedelta`.
+        wait_ms: For how long to wait for a lock that is held. It is looked at again after pauses
+            that grow from 0.1 s to 5 s, each shortened at random by up to a half, and no later
+            than at the holder's deadline: 20 to 35 reads in a minute.
+        at_least_ms: From `started_at`, the least time for which the lock is kept, also when the
+            block raises. A job that ends sooner leaves its record, with `ended_at`, for the rest
+            of it, so that another host's cron, a little late, does not start the job again.
+        at_most_ms: From `started_at`, the time beyond which no renewal moves the deadline: a job
+            that hangs loses its lock then.
+        clock_skew_ms: For how much longer than its own deadline another's lease is honoured: the
+            most by which the clocks of your hosts may differ.
+        clock: Returns epoch milliseconds.
+        uuid_factory: Returns the new job's id.
 
     Raises:
         JobLockHeldError: on entering; another job has the lock, also after `wait_ms`. Nothing was
@@ -208,14 +222,29 @@ def resume_job_lock(
     taken over by another job is not run any more. On a plain store, which cannot exclude two
     winners, two deliveries may both enter.
 
-    `at_least_ms` and `at_most_ms` are those of `hold_job_lock`. They count from `started_at`, when
-    the lock was acquired: the time in the queue, and that of earlier runs, count too. The lock is
-    this run's by its job id, `started_at` and `run_id`; a run that is not the lock's any more
-    renews, releases and requeues nothing.
+    The lock is this run's by its job id, `started_at` and `run_id`; a run that is not the lock's
+    any more renews, releases and requeues nothing.
 
     Entering that fails, or is interrupted, writes back the record that it may have replaced, so
     that the next delivery can enter. The rest is as in `hold_job_lock`. A lock that
     `hold_job_lock` keeps is taken from it by this: it is for the job's id of `acquire_job_lock`.
+
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        expected_job_id: The job that this worker was handed.
+        renew_every_ms: A third of the TTL by default, so that an outage of the store that swallows
+            two renewals is survived: one that failed is retried after a quarter of it.
+        ttl_ms: The lease of this run, which may be shorter than that for the time in the queue.
+            All times are milliseconds, or a `timedelta`.
+        at_least_ms: As in `hold_job_lock`, from when the lock was acquired: the time in the queue,
+            and that of earlier runs, count too.
+        at_most_ms: Likewise.
+        clock_skew_ms: For how much longer than its own deadline another's lease is honoured: the
+            most by which the clocks of your hosts may differ.
+        clock: Returns epoch milliseconds.
+        uuid_factory: Returns the id of this run.
 
     Raises:
         JobLockHeldError: on entering; another run of the job is live. Nothing was written. Deliver

@@ -56,14 +56,22 @@ def acquire_job_lock(
     most one of any number of simultaneous calls gets `Acquired`, with one request if the key is
     free; on a plain store several may.
 
-    `actor_uid`, `chunks_to_embed`, `estimated_seconds` and `reason` only describe the job; a value
-    of the wrong type is recorded as null, with a `JobLockWarning`. `extra` has fields of your own,
-    JSON values under names that the record does not have yet, such as a queue's task id; they are
-    kept when the lock is renewed or resumed. `ttl_ms` is the lease in
-    milliseconds, or a `timedelta`, from just before the write; what is not positive and finite is
-    the default, with a warning. `clock_skew_ms` is for how much
-    longer than its own deadline a lease is honoured: the most by which the clocks of your hosts
-    may differ. `clock` returns epoch milliseconds, `uuid_factory` the new job's id.
+    Args:
+        store: Where the lock is. A plain one cannot exclude two simultaneous winners.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        actor_uid: Who starts the job, for people to read.
+        chunks_to_embed: How much there is to do, likewise.
+        estimated_seconds: How long it may take, likewise.
+        reason: Why, likewise. What is of a wrong type is recorded as null, with a `JobLockWarning`.
+        extra: Fields of your own, JSON values under names that the record does not have yet, such
+            as a queue's task id. They are kept when the lock is renewed or resumed.
+        ttl_ms: The lease in milliseconds, or a `timedelta`, from just before the write. What is
+            not positive and finite is the default, with a `JobLockWarning`.
+        clock_skew_ms: For how much longer than its own deadline another's lease is honoured: the
+            most by which the clocks of your hosts may differ.
+        clock: Returns epoch milliseconds.
+        uuid_factory: Returns the new job's id.
 
     Raises:
         InvalidIdError: an id cannot name a lock, or `uuid_factory` gave none that can name a job.
@@ -116,13 +124,18 @@ def release_job_lock(
     lock that nobody took over is released. Without a job id it is always `released`, also if
     there was nothing.
 
-    `at_least_ms`, milliseconds or a `timedelta`, is the least time for which the job keeps the
-    lock, from its `started_at`. A release before that is `released`, too: the record stays, live
-    until then, with `ended_at`, by `clock`.
-
-    `etag`, from this job's `Acquired` or `Renewed`, saves a request: while it is current the
-    record is removed unread, so the job id is not compared; if it is out of date, the owner is
-    looked up as without it. A plain store has no etags.
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        expected_job_id: Whose lock it must be. Without it whatever is there is removed.
+        etag: From this job's `Acquired` or `Renewed`: it saves a request. While it is current the
+            record is removed unread, so the job id is not compared; if it is out of date, the
+            owner is looked up as without it. A plain store has no etags.
+        at_least_ms: Milliseconds or a `timedelta`: the least time for which the job keeps the lock,
+            from its `started_at`. A release before that is `released`, too: the record stays, live
+            until then, with `ended_at`, by `clock`.
+        clock: Returns epoch milliseconds.
 
     Raises:
         InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
@@ -151,6 +164,11 @@ def release_job_lock(
 def peek_job_lock(store: BlobStore, canister_uid: str, vault_id: str) -> JobLockRecord | None:
     """Return the stored record, live or expired (ask its `is_live`), or None. Changes nothing.
 
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+
     Raises:
         InvalidIdError: an id cannot name a lock.
         TypeError: the store lacks `get` or is async.
@@ -174,9 +192,18 @@ def renew_job_lock(
 
     Returns `Renewed`, or `Lost` with the reason (those of a release) and the record that is there
     now. A lock that has expired but was not taken over is renewed; one that has ended is
-    "lock_already_gone". With both the `record` and the
-    `etag` of the last `Acquired` or `Renewed` it is one request instead of two, if the etag still
-    is the current one; with only one of them they save nothing.
+    "lock_already_gone".
+
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        expected_job_id: Whose lock it must be.
+        ttl_ms: Milliseconds or a `timedelta`, from now.
+        clock: Returns epoch milliseconds.
+        etag: That of the last `Acquired` or `Renewed`. With both it and `record` it is one request
+            instead of two, if it still is the current one; alone it saves nothing.
+        record: That of the last `Acquired` or `Renewed`.
 
     Raises:
         InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
@@ -213,7 +240,11 @@ def list_job_locks(store: BlobStore, canister_uid: str | None = None) -> Iterato
     """Yield the records of all locks, or of one user's, live or not, in no order.
 
     Each is read once, when it is its turn: what vanishes in the meantime, and what is no record, is
-    left out. `store` needs `get` and `list_keys(prefix)`, which every store that ships has.
+    left out.
+
+    Args:
+        store: It needs `get` and `list_keys(prefix)`, which every store that ships has.
+        canister_uid: Whose locks; all by default.
 
     Raises:
         InvalidIdError: `canister_uid` cannot be part of a lock's key.
@@ -247,7 +278,11 @@ def sweep_job_locks(
     release left are removed as well, but never what has no deadline and is none of joblock's. A
     late delivery of a job whose lock was removed is told that it is gone.
 
-    `expired_for_ms` is milliseconds or a `timedelta`, 0 or more, by `clock`.
+    Args:
+        store: It must delete under a condition, and have `list_keys(prefix)`.
+        expired_for_ms: Milliseconds or a `timedelta`, 0 or more, by `clock`.
+        canister_uid: Whose locks; all by default.
+        clock: Returns epoch milliseconds.
 
     Raises:
         InvalidIdError: `canister_uid` cannot be part of a lock's key. Nothing was removed.

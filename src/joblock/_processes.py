@@ -61,8 +61,11 @@ def recorded() -> dict[str, JsonValue]:
 
 
 def recorded_lives(record: JobLockRecord) -> bool | None:
-    """Whether the process that took a lock lives; None if it did not say, or elsewhere."""
-    return lives(record.extra.get(_FIELD))
+    """Whether the process that took a lock lives; None if it did not say, or elsewhere.
+
+    Nor of a lock that a run has: whoever resumed it is another one.
+    """
+    return lives(record.extra.get(_FIELD)) if record.run_id is None else None
 
 
 def lives(identified: JsonValue) -> bool | None:

@@ -94,12 +94,45 @@ async def acquire_job_lock(
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
 ) -> Acquired | Held:
-    """As `joblock.acquire_job_lock`, on an async store.
+    """Take the lock of `(canister_uid, vault_id)` unless a live one is there.
+
+    Returns `Acquired`, or `Held` with the record of the job that has it. An expired lock is taken
+    over, and so is anything in the store that is not a lock record. On a conditional store at
+    most one of any number of simultaneous calls gets `Acquired`, with one request if the key is
+    free; on a plain store several may.
 
     Under asyncio, a call that is cancelled leaves no lock behind: its write is awaited, then the
     lock is released, and the cancellation goes on. If it is cancelled again and again, or the
     store takes longer than 10 seconds, that goes on in the background. Elsewhere a call that is
     cancelled may have taken the lock, as one whose write raised.
+
+    Args:
+        store: Where the lock is. A plain one cannot exclude two simultaneous winners.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        actor_uid: Who starts the job, for people to read.
+        chunks_to_embed: How much there is to do, likewise.
+        estimated_seconds: How long it may take, likewise.
+        reason: Why, likewise. What is of a wrong type is recorded as null, with a `JobLockWarning`.
+        extra: Fields of your own, JSON values under names that the record does not have yet, such
+            as a queue's task id. They are kept when the lock is renewed or resumed.
+        ttl_ms: The lease in milliseconds, or a `timedelta`, from just before the write. What is
+            not positive and finite is the default, with a `JobLockWarning`.
+        clock_skew_ms: For how much longer than its own deadline another's lease is honoured: the
+            most by which the clocks of your hosts may differ.
+        clock: Returns epoch milliseconds.
+        uuid_factory: Returns the new job's id.
+
+    Raises:
+        InvalidIdError: an id cannot name a lock, or `uuid_factory` gave none that can name a job.
+            Nothing was written.
+        TypeError: the store lacks methods or is blocking, or the clock gives no finite number.
+            Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
+        ValueError: `clock_skew_ms` is negative or not a finite number, or `extra` is not what JSON
+            has or names a known field. Nothing was written.
+        StoreContentionError: others changed the record each time. The lock is not this caller's.
+        Exception: what the store raised. If a write raised, the lock may have been taken with the
+            id that `uuid_factory` gave: release that id, or leave the lease to expire.
     """
     last: list[tuple[JobLockRecord, JobLockRecord | None]] = []
 
@@ -154,9 +187,37 @@ async def release_job_lock(
     at_least_ms: float | Duration = 0,
     clock: Callable[[], float] = epoch_ms,
 ) -> ReleaseResult:
-    """As `joblock.release_job_lock`, on an async store.
+    """Remove the lock if it is `expected_job_id`'s; without a job id, remove whatever is there.
+
+    Returns `ReleaseResult`: `released`, or the `reason` why not: "lock_owned_by_other_job" (it
+    expired and was taken over; the other job's record stays) or "lock_already_gone". An expired
+    lock that nobody took over is released. Without a job id it is always `released`, also if
+    there was nothing.
 
     A call that is cancelled may have removed the lock; releasing the same job id again is safe.
+
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        expected_job_id: Whose lock it must be. Without it whatever is there is removed.
+        etag: From this job's `Acquired` or `Renewed`: it saves a request. While it is current the
+            record is removed unread, so the job id is not compared; if it is out of date, the
+            owner is looked up as without it. A plain store has no etags.
+        at_least_ms: Milliseconds or a `timedelta`: the least time for which the job keeps the lock,
+            from its `started_at`. A release before that is `released`, too: the record stays, live
+            until then, with `ended_at`, by `clock`.
+        clock: Returns epoch milliseconds.
+
+    Raises:
+        InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
+            string, or an etag or `at_least_ms` came without a job id. Nothing was removed.
+        ValueError: `at_least_ms` is negative or not finite. Nothing was removed.
+        TypeError: the store lacks methods or is blocking. Nothing was removed. Or it does not say
+            whether it removed the record: then it may be gone.
+        StoreContentionError: the record changed each time. It was not removed; retry.
+        Exception: what the store raised. If the delete raised, the lock may be gone or not;
+            releasing the same job id again is safe.
     """
     least_ms = not_negative("at_least_ms", at_least_ms)
     release = partial(
@@ -174,7 +235,18 @@ async def release_job_lock(
 async def peek_job_lock(
     store: AsyncBlobStore, canister_uid: str, vault_id: str
 ) -> JobLockRecord | None:
-    """As `joblock.peek_job_lock`, on an async store."""
+    """Return the stored record, live or expired (ask its `is_live`), or None. Changes nothing.
+
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+
+    Raises:
+        InvalidIdError: an id cannot name a lock.
+        TypeError: the store lacks `get` or is blocking.
+        Exception: what a conditional store raised. On a plain store a failed read is None.
+    """
     peek = partial(_protocol.peek, canister_uid=canister_uid, vault_id=vault_id)
     return await _begun(store, _protocol.PEEK_NEEDS, peek)
 
@@ -190,9 +262,35 @@ async def renew_job_lock(
     etag: str | None = None,
     record: JobLockRecord | None = None,
 ) -> Renewed | Lost:
-    """As `joblock.renew_job_lock`, on an async store.
+    """Move the deadline of `expected_job_id`'s lock to `ttl_ms` from now, but never back.
+
+    Returns `Renewed`, or `Lost` with the reason (those of a release) and the record that is there
+    now. A lock that has expired but was not taken over is renewed; one that has ended is
+    "lock_already_gone".
 
     After a call that is cancelled the lock has its old or its new deadline; count on the old one.
+
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        expected_job_id: Whose lock it must be.
+        ttl_ms: Milliseconds or a `timedelta`, from now.
+        clock: Returns epoch milliseconds.
+        etag: That of the last `Acquired` or `Renewed`. With both it and `record` it is one request
+            instead of two, if it still is the current one; alone it saves nothing.
+        record: That of the last `Acquired` or `Renewed`.
+
+    Raises:
+        InvalidIdError: an id cannot name a lock, `expected_job_id` or `etag` is not a non-empty
+            string, or `record` is another job's. Nothing was written.
+        ValueError: `ttl_ms` is not a positive finite number or a timedelta. Nothing was written.
+        TypeError: the store lacks methods or is blocking, or the clock gives no finite number.
+            Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
+        StoreContentionError: the record changed each time. The deadline is unchanged by this
+            call; retry before it passes.
+        Exception: what the store raised. The lock has its old or its new deadline; count on the
+            old one, and retry before it passes.
     """
     renew = partial(
         _protocol.renew,
@@ -226,14 +324,69 @@ def hold_job_lock(
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
 ) -> AbstractAsyncContextManager[OwnedJobLock]:
-    """As `joblock.hold_job_lock`, on an async store, for `async with` under asyncio.
+    """Hold the lock of `(canister_uid, vault_id)` while the `async with` block runs, under asyncio.
 
-    A task renews the lock. A block that is cancelled releases it like any other, and so does one
+    Entering acquires, and gives an `OwnedJobLock`. A task renews the lock, so a job may run for
+    hours with a TTL of a minute, and if its process is killed the lock is free within that minute.
+    That task calls the store, in a copy of the caller's context variables. Whatever the block
+    raises, leaving releases the lock. A block that keeps the event loop busy for longer than the
+    lease loses its lock.
+
+    The lock is this job's by its job id and its `started_at`. It is lost when another has it, when
+    its record is gone, or when no renewal succeeded before the lease's deadline: by real time, no
+    later than for any host whose clock agrees, and by the caller's `clock`, by which others on
+    this host decide. No renewal moves the deadline back. `lost` and `check()` tell the block,
+    which is not interrupted. Leaving it then raises `JobLockLostError`, or adds a note to what the
+    block itself raised, and releases nothing.
+
+    Entering that fails, or is cancelled, also while it waits, leaves no lock behind, as
+    `acquire_job_lock`. A block that is cancelled releases the lock like any other, and so does one
     that is cancelled again while leaving; the cancellation goes on once the store has answered.
-    After the fourth cancellation nobody waits any more, and the task goes on in the background.
-    Entering that is cancelled, also while it waits, leaves no lock behind, as `acquire_job_lock`.
-    A block that keeps the event loop busy for longer than the lease loses its lock. Left in
-    another event loop than it was entered in, it releases the lock and raises RuntimeError.
+    After the fourth nobody waits any more, and the task goes on in the background. A release that
+    fails is only logged, since the job is done and its lease will expire. What this returns is for
+    one `async with` block.
+
+    The logger "joblock" writes a WARNING for a takeover, a failed renewal or a failed release, and
+    an ERROR for a loss.
+
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        renew_every_ms: A third of the TTL by default, so that an outage of the store that swallows
+            two renewals is survived: one that failed is retried after a quarter of it.
+        actor_uid: Who starts the job, for people to read.
+        chunks_to_embed: How much there is to do, likewise.
+        estimated_seconds: How long it may take, likewise.
+        reason: Why, likewise. What is of a wrong type is recorded as null, with a `JobLockWarning`.
+        extra: Fields of your own, JSON values under names that the record does not have yet, such
+            as a queue's task id. They are kept when the lock is renewed or resumed.
+        ttl_ms: The lease, for how long a crash keeps the lock from others. All times are
+            milliseconds, or a `timedelta`.
+        wait_ms: For how long to wait for a lock that is held. It is looked at again after pauses
+            that grow from 0.1 s to 5 s, each shortened at random by up to a half, and no later
+            than at the holder's deadline: 20 to 35 reads in a minute.
+        at_least_ms: From `started_at`, the least time for which the lock is kept, also when the
+            block raises. A job that ends sooner leaves its record, with `ended_at`, for the rest
+            of it, so that another host's cron, a little late, does not start the job again.
+        at_most_ms: From `started_at`, the time beyond which no renewal moves the deadline: a job
+            that hangs loses its lock then.
+        clock_skew_ms: For how much longer than its own deadline another's lease is honoured: the
+            most by which the clocks of your hosts may differ.
+        clock: Returns epoch milliseconds.
+        uuid_factory: Returns the new job's id.
+
+    Raises:
+        JobLockHeldError: on entering; another job has the lock, also after `wait_ms`. Nothing was
+            written.
+        JobLockLostError: on leaving; another job may have run at the same time.
+        InvalidIdError, TypeError, StoreContentionError: on entering, as `acquire_job_lock`.
+        ValueError: also if `ttl_ms` or `at_most_ms` is not more than 0, `wait_ms` or `at_least_ms`
+            less than 0, or one of them not finite; if `at_least_ms` is more than `at_most_ms`; or
+            if `renew_every_ms` is not more than 0, and less than the TTL by more than a
+            millisecond. Nothing was written.
+        RuntimeError: it is left in another event loop than it was entered in. The lock is released.
+        Exception: what the store raised on entering, as `acquire_job_lock`.
     """
     _require_async(store, _protocol.HOLD_NEEDS)
     return _Hold(
@@ -279,10 +432,57 @@ def resume_job_lock(
     clock: Callable[[], float] = epoch_ms,
     uuid_factory: Callable[[], uuid.UUID | str] = uuid.uuid4,
 ) -> AbstractAsyncContextManager[OwnedJobLock]:
-    """As `joblock.resume_job_lock`, on an async store, for `async with` under asyncio.
+    """Keep the lock taken for `expected_job_id` while the `async with` block runs, under asyncio.
 
-    A task renews the lock; for cancellation and event loops see `hold_job_lock`. Entering that is
-    cancelled writes back the record that it has replaced, so that the next delivery can enter.
+    For the worker that a job is handed to. Entering makes the lock this run's, by one conditional
+    write: the record gets a `run_id`, from `uuid_factory`, and a lease of `ttl_ms`, which is then
+    renewed as by `hold_job_lock`, and leaving releases it, whatever the block raises. For a retry,
+    call `requeue()` of what this gives.
+
+    One run has the lock at a time. Of any number of simultaneous deliveries of a job one enters; a
+    second one is refused while the first one runs. If that dies, its lease ends, and the next
+    delivery enters, with the dead run's record in `took_over`. A job whose lock is gone, ended, or
+    taken over by another job is not run any more. On a plain store, which cannot exclude two
+    winners, two deliveries may both enter.
+
+    The lock is this run's by its job id, `started_at` and `run_id`; a run that is not the lock's
+    any more renews, releases and requeues nothing.
+
+    Entering that fails, or is cancelled, writes back the record that it may have replaced, so that
+    the next delivery can enter. For cancellation and event loops see `hold_job_lock`. A lock that
+    `hold_job_lock` keeps is taken from it by this: it is for the job's id of `acquire_job_lock`.
+
+    Args:
+        store: Where the lock is.
+        canister_uid: The user or tenant, the first part of the lock's name.
+        vault_id: What the job works on, the second part.
+        expected_job_id: The job that this worker was handed.
+        renew_every_ms: A third of the TTL by default, so that an outage of the store that swallows
+            two renewals is survived: one that failed is retried after a quarter of it.
+        ttl_ms: The lease of this run, which may be shorter than that for the time in the queue.
+            All times are milliseconds, or a `timedelta`.
+        at_least_ms: As in `hold_job_lock`, from when the lock was acquired: the time in the queue,
+            and that of earlier runs, count too.
+        at_most_ms: Likewise.
+        clock_skew_ms: For how much longer than its own deadline another's lease is honoured: the
+            most by which the clocks of your hosts may differ.
+        clock: Returns epoch milliseconds.
+        uuid_factory: Returns the id of this run.
+
+    Raises:
+        JobLockHeldError: on entering; another run of the job is live. Nothing was written. Deliver
+            the job again later, or drop this delivery: the other one runs it.
+        JobLockLostError: on entering, before the job began: its lock is gone, ended, another
+            job's, or `at_most_ms` is over ("lease_expired"). Nothing was written. Do not run the
+            job. On leaving: another run or job may have run at the same time.
+        InvalidIdError: an id cannot name a lock, `expected_job_id` is not a non-empty string, or
+            `uuid_factory` gave none that can name a run. Nothing was written.
+        TypeError: the store lacks methods or is blocking, or the clock gives no finite number.
+            Nothing was written. Or a write's answer is neither an etag nor None: then it may be.
+        ValueError: as in `hold_job_lock`. Nothing was written.
+        StoreContentionError: others changed the record each time. The lock is as it was.
+        Exception: what the store raised. The lock is as it was; or, if writing it back failed too,
+            which is logged, it is nobody's until `ttl_ms` is over.
     """
     check_text("expected_job_id", expected_job_id)
     _require_async(store, _protocol.HOLD_NEEDS)
@@ -306,9 +506,19 @@ def resume_job_lock(
 async def list_job_locks(
     store: AsyncBlobStore, canister_uid: str | None = None
 ) -> AsyncIterator[JobLockRecord]:
-    """As `joblock.list_job_locks`, on an async store: an async iterator.
+    """Yield the records of all locks, or of one user's, live or not, in no order.
 
-    Its errors are raised by the first step.
+    Each is read once, when it is its turn: what vanishes in the meantime, and what is no record, is
+    left out. Errors are raised by the first step.
+
+    Args:
+        store: It needs `get` and `list_keys(prefix)`, which every store that ships has.
+        canister_uid: Whose locks; all by default.
+
+    Raises:
+        InvalidIdError: `canister_uid` cannot be part of a lock's key.
+        TypeError: the store lacks a method or is blocking.
+        Exception: what the store raised; the listing ends with it.
     """
     keys = lister(store)(job_lock_prefix(canister_uid))
     async for key in keys:
@@ -324,9 +534,27 @@ async def sweep_job_locks(
     canister_uid: str | None = None,
     clock: Callable[[], float] = epoch_ms,
 ) -> int:
-    """As `joblock.sweep_job_locks`, on an async store.
+    """Remove the locks whose lease has been over for so long; return how many that were.
+
+    Of all users, or of one. Each is read, and removed only if it has not changed since: a lock that
+    is renewed, resumed or taken over meanwhile stays. Records of jobs that ended and `null`s that a
+    release left are removed as well, but never what has no deadline and is none of joblock's. A
+    late delivery of a job whose lock was removed is told that it is gone.
 
     A call that is cancelled may have removed one more lock than it was known to.
+
+    Args:
+        store: It must delete under a condition, and have `list_keys(prefix)`.
+        expired_for_ms: Milliseconds or a `timedelta`, 0 or more, by `clock`.
+        canister_uid: Whose locks; all by default.
+        clock: Returns epoch milliseconds.
+
+    Raises:
+        InvalidIdError: `canister_uid` cannot be part of a lock's key. Nothing was removed.
+        ValueError: `expired_for_ms` is negative or not finite. Nothing was removed.
+        TypeError: the store lacks a method, is blocking, or cannot delete under a condition.
+            Nothing was removed.
+        Exception: what the store raised. What was removed by then is gone; sweeping again is safe.
     """
     _methods(store, _protocol.HOLD_NEEDS)
     list_keys = lister(store)

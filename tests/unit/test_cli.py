@@ -506,6 +506,8 @@ class TestPeek:
             store.set(KEY, other.to_json())
             shown = run("peek", UID, VAULT)[1]
             assert said in shown if said else "process   " not in shown
+        store.set(KEY, record.__replace__(run_id="run-1").to_json())
+        assert "process   " not in run("peek", UID, VAULT)[1]
 
     def test_none(self, run: Run, store: SqliteBlobStore) -> None:
         """Status 1, and where it looked; as JSON, null."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,24 @@ def test_every_public_function_and_class_has_a_docstring_of_its_own() -> None:
     public += [getattr(aio, name) for name in aio.__all__]
     documented = [it for it in public if isinstance(it, type) or inspect.isfunction(it)]
     assert [it for it in documented if not vars(it).get("__doc__", it.__doc__)] == []
+
+
+SHARED = [name for name in aio.__all__ if name.endswith(("_job_lock", "_locks"))]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_both_docstrings_stand_alone(name: str) -> None:
+    """Each tells of every argument, and both tell the same of it."""
+
+    def told(module: Any) -> str:
+        function = getattr(module, name)
+        text = inspect.getdoc(function) or ""
+        section: str = text.partition("Args:\n")[2].partition("\nRaises:")[0]
+        arguments = re.findall(r"^    (\w+): ", section, re.MULTILINE)
+        assert arguments == list(inspect.signature(function).parameters)
+        return section
+
+    assert told(joblock) == told(aio)
 
 
 def test_import_joblock_imports_no_backend() -> None:
