@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -84,6 +85,12 @@ def eventually(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def kill(command: int) -> None:
+    """What outlives a joblock that was killed, where the kernel does not kill it too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(command, signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:
@@ -180,7 +187,7 @@ class TestWithoutATerminal:
                 if successor.returncode != 75:
                     break
         finally:
-            os.kill(command, signal.SIGKILL)  # it outlives a joblock that was killed
+            kill(command)
         assert successor.returncode == 0
         assert json.loads(out)["startedAt"] >= killed.expires_at
         assert str(killed.job_id) in err
@@ -191,7 +198,7 @@ class TestWithoutATerminal:
         command = int(line(process.stdout))
         process.kill()
         process.wait(DEADLINE_S)
-        os.kill(command, signal.SIGKILL)
+        kill(command)
         successor = start("echo ran")
         out, err = successor.communicate(timeout=DEADLINE_S)
         assert (successor.returncode, out) == (75, "")
