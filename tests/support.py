@@ -9,6 +9,7 @@ import joblock
 from joblock import BlobStore, ConditionalBlobStore, aio
 from joblock._store import is_conditional
 from joblock._store import run as await_now
+from joblock.testing import ManualClock
 
 __all__ = ["await_now"]  # runs a coroutine that waits for nothing: an event loop would cost time
 
@@ -16,8 +17,19 @@ UID, VAULT = "user-1", "Business"
 KEY = "index-jobs/user-1/Business.json"
 
 
-class Clock:
-    """Epoch milliseconds that only the test moves."""
+class Clock(ManualClock):
+    """As users have it, from a small number on."""
+
+    def __init__(self, now_ms: float = 1_000_000) -> None:
+        super().__init__(now_ms)
+
+    @property
+    def now(self) -> float:
+        return self()
+
+
+class BareClock:
+    """Only what a clock must be, for simulations that pass the time by themselves."""
 
     def __init__(self, now: float = 1_000_000) -> None:
         self.now = now
@@ -25,7 +37,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def tick(self, ms: float) -> None:
+    def advance(self, ms: float) -> None:
         self.now += ms
 
 

@@ -153,6 +153,15 @@ class _Descendants:
         return bool(self._living())
 
 
+def _send(how: Callable[[int, int], None], whom: int, signum: int) -> None:
+    try:
+        how(whom, signum)
+    except ProcessLookupError:  # it has ended in this moment
+        pass
+    except OSError as error:  # one of another user
+        say(f"the command did not get signal {signum}: {error.strerror}")
+
+
 def _environment(record: JobLockRecord) -> dict[str, str]:
     """This process's, with the ids of the job and of its run, where it has them."""
     ids = {"JOBLOCK_JOB_ID": record.job_id, "JOBLOCK_RUN_ID": record.run_id}
@@ -211,10 +220,3 @@ def _foreground_group(terminal: Path) -> int | None:
             return os.tcgetpgrp(file.fileno())
     except OSError:
         return None
-
-
-def _send(how: Callable[[int, int], None], whom: int, signum: int) -> None:
-    try:
-        how(whom, signum)
-    except OSError as error:
-        say(f"the command did not get signal {signum}: {error.strerror}")

@@ -57,7 +57,7 @@ class TestWhenToComeBack:
         """So a handler that is tested with a clock of its own answers as it will in production."""
         store = store_type()
         acquired(api.acquire(store, UID, VAULT, clock=clock))
-        clock.tick(1000)
+        clock.advance(1000)
         refused = held(api.acquire(store, UID, VAULT, clock=clock))
         assert refused.retry_after_s() == 959
         skewed = held(api.acquire(store, UID, VAULT, clock=clock, clock_skew_ms=2000))
@@ -230,7 +230,7 @@ class TestRefusedByItsOwnWrite:
         """With the receipt of the job that crashed."""
         store = RepeatsItself()
         crashed = acquired(api.acquire(store, UID, VAULT, clock=clock))
-        clock.tick(joblock.JOB_LOCK_TTL_MS)
+        clock.advance(joblock.JOB_LOCK_TTL_MS)
         won = acquired(api.acquire(store, UID, VAULT, clock=clock))
         assert won.took_over == crashed.record
 
@@ -238,7 +238,7 @@ class TestRefusedByItsOwnWrite:
         """Instead of being contended for ever."""
         store = RepeatsItself()
         won = acquired(api.acquire(store, UID, VAULT, clock=clock))
-        clock.tick(5)
+        clock.advance(5)
         renewed = api.renew(
             store,
             UID,
@@ -289,7 +289,7 @@ class TestLogging:
         store = MemoryBlobStore()
         api.acquire(store, UID, VAULT, clock=clock, uuid_factory=lambda: "a")
         api.acquire(store, UID, VAULT, clock=clock, uuid_factory=lambda: "b")
-        clock.tick(joblock.JOB_LOCK_TTL_MS)
+        clock.advance(joblock.JOB_LOCK_TTL_MS)
         api.acquire(store, UID, VAULT, clock=clock, uuid_factory=lambda: "c")
         api.release(store, UID, VAULT, expected_job_id="c")
         api.release(store, UID, VAULT)

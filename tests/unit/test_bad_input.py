@@ -185,7 +185,7 @@ def test_a_ttl_is_a_timedelta(api: Api, clock: Clock) -> None:
     minute = timedelta(minutes=1)
     won = acquired(api.acquire(store, UID, VAULT, ttl_ms=minute, clock=clock))
     assert won.record.expires_at == clock.now + 60_000
-    clock.tick(7)
+    clock.advance(7)
     renewed = api.renew(store, UID, VAULT, expected_job_id=won.job_id, ttl_ms=minute, clock=clock)
     assert renewed and renewed.record.expires_at == clock.now + 60_000
 

@@ -388,12 +388,21 @@ class TestRun:
         assert run("run", UID, VAULT, "--", "sleep", "60") == (143, "", "")
         assert store.get(KEY) is None
 
-    def test_a_signal_that_cannot_be_sent(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """One line, and the command is waited for all the same."""
+    def test_a_signal_that_cannot_be_sent(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """To one that has ended, not a word; of one that is another user's, a line."""
         with subprocess.Popen(["true"]) as ended:
             ended.wait()
         _child._Group(ended.pid).send(signal.SIGTERM)
-        line = "joblock: the command did not get signal 15: No such process\n"
+        assert capsys.readouterr().err == ""
+
+        def refused(_pid: int, _signum: int) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "killpg", refused)
+        _child._Group(ended.pid).send(signal.SIGTERM)
+        line = "joblock: the command did not get signal 15: Operation not permitted\n"
         assert capsys.readouterr().err == line
 
     def test_what_is_left_of_the_group(self, run: Run, store: SqliteBlobStore) -> None:

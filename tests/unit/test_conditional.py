@@ -59,9 +59,9 @@ def test_a_live_lock_is_held_and_shown_with_two_requests(store: RecordingStore, 
 def test_an_expired_lock_is_taken_over(store: RecordingStore, take: Take, clock: Clock) -> None:
     """At its deadline to the millisecond, not before; the crashed job's record is the receipt."""
     first = acquired(take(store, "a"))
-    clock.tick(TTL - 1)
+    clock.advance(TTL - 1)
     assert held(take(store, "b")).existing == first.record
-    clock.tick(1)
+    clock.advance(1)
     store.calls.clear()
     second = acquired(take(store, "b"))
     assert store.calls == ["set_if_new", "get_with_etag", "set_if_match"]
@@ -76,9 +76,9 @@ def test_clock_skew_is_honoured_beyond_the_deadline(
 ) -> None:
     """A host whose clock is ahead by no more than the skew takes nobody's lock."""
     take(store, "a")
-    clock.tick(TTL + skew - 0.5)
+    clock.advance(TTL + skew - 0.5)
     assert held(take(store, "b", clock_skew_ms=skew)).existing.job_id == "a"
-    clock.tick(0.5)
+    clock.advance(0.5)
     assert acquired(take(store, "b", clock_skew_ms=skew)).job_id == "b"
 
 
@@ -119,7 +119,7 @@ def test_a_takeover_that_another_client_wins_is_held(
 ) -> None:
     """Both saw the expired lock; the slower one is shown the faster one's record."""
     take(store, "a")
-    clock.tick(TTL)
+    clock.advance(TTL)
     winners: list[Acquired] = []
     store.once_before("set_if_match", lambda: winners.append(acquired(take(store, "b"))))
     loser = held(take(store, "c"))
@@ -131,7 +131,7 @@ def test_the_clock_is_read_after_the_wait_for_the_store(
 ) -> None:
     """A slow read does not cost the lease its length, and a lock that expired meanwhile is free."""
     take(store, "a")
-    store.once_before("get_with_etag", lambda: clock.tick(TTL))
+    store.once_before("get_with_etag", lambda: clock.advance(TTL))
     record = acquired(take(store, "b")).record
     assert (record.started_at, record.expires_at) == (clock.now, clock.now + TTL)
 
@@ -164,7 +164,7 @@ def test_a_store_error_reaches_the_caller_and_nothing_is_taken_over(
 ) -> None:
     """Unlike on a plain store a failed read is not an empty key."""
     first = acquired(take(store, "a"))
-    clock.tick(TTL)
+    clock.advance(TTL)
 
     def fail() -> None:
         raise ConnectionResetError(verb)
@@ -182,7 +182,7 @@ def test_peek_shows_live_and_expired_records_and_changes_nothing(
     assert api.peek(store, UID, VAULT) is None
     record = acquired(take(store, "a")).record
     store.calls.clear()
-    clock.tick(TTL)
+    clock.advance(TTL)
     assert api.peek(store, UID, VAULT) == record
     assert store.calls == ["get"]
 
@@ -228,7 +228,7 @@ class TestRelease:
     ) -> None:
         """The lease ran out and another job took over."""
         slow = acquired(take(store, "a"))
-        clock.tick(TTL)
+        clock.advance(TTL)
         other = acquired(take(store, "b"))
         etag = slow.etag if with_etag else None
         released = api.release(store, UID, VAULT, expected_job_id="a", etag=etag)
@@ -240,7 +240,7 @@ class TestRelease:
     ) -> None:
         """Between this release's read and its delete."""
         take(store, "a")
-        clock.tick(TTL)
+        clock.advance(TTL)
         store.once_before("delete_if_match", lambda: take(store, "b"))
         released = api.release(store, UID, VAULT, expected_job_id="a")
         assert released.reason == "lock_owned_by_other_job"
@@ -274,7 +274,7 @@ class TestRenew:
         won = acquired(take(store, "a", reason="r"))
         store.set(KEY, won.record.to_json()[:-1] + ',"fence":7}')
         store.calls.clear()
-        clock.tick(400)
+        clock.advance(400)
         renewed = api.renew(store, UID, VAULT, expected_job_id="a", ttl_ms=5000, clock=clock)
         assert isinstance(renewed, Renewed)
         assert store.calls == ["get_with_etag", "set_if_match"]
@@ -292,7 +292,7 @@ class TestRenew:
     ) -> None:
         won = acquired(take(store, "a"))
         store.calls.clear()
-        clock.tick(400)
+        clock.advance(400)
         renewed = api.renew(
             store, UID, VAULT, expected_job_id="a", clock=clock, record=won.record, etag=won.etag
         )
@@ -307,7 +307,7 @@ class TestRenew:
     ) -> None:
         won = acquired(take(store, "a"))
         store.calls.clear()
-        clock.tick(400)
+        clock.advance(400)
         option = {given: getattr(won, given)}
         renewed = api.renew(store, UID, VAULT, expected_job_id="a", clock=clock, **option)
         assert isinstance(renewed, Renewed)
@@ -333,7 +333,7 @@ class TestRenew:
     ) -> None:
         """The etag proves that nobody did."""
         take(store, "a")
-        clock.tick(10 * TTL)
+        clock.advance(10 * TTL)
         renewed = api.renew(store, UID, VAULT, expected_job_id="a", ttl_ms=TTL, clock=clock)
         assert isinstance(renewed, Renewed)
         assert held(take(store, "b")).existing == renewed.record
@@ -342,7 +342,7 @@ class TestRenew:
         self, store: RecordingStore, take: Take, api: Api, clock: Clock
     ) -> None:
         take(store, "a")
-        clock.tick(TTL)
+        clock.advance(TTL)
         store.once_before("set_if_match", lambda: take(store, "b"))
         lost = api.renew(store, UID, VAULT, expected_job_id="a", clock=clock)
         current = api.peek(store, UID, VAULT)

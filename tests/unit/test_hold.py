@@ -45,7 +45,7 @@ from tests.support import (
     KEY,
     UID,
     VAULT,
-    Clock,
+    BareClock,
     RecordingStore,
     acquired,
     async_view,
@@ -311,12 +311,12 @@ class TestTheCallersClock:
 
     def test_set_forward(self, hold: Hold) -> None:
         """`check()` must not pass while a rival on the same host has the lock."""
-        clock = Clock()
+        clock = BareClock()
         store = MemoryBlobStore()
 
         def body(lock: OwnedJobLock) -> None:
             lock.check()
-            clock.tick(2 * HOUR)
+            clock.advance(2 * HOUR)
             assert acquire_job_lock(store, UID, VAULT, clock=clock)
             with pytest.raises(JobLockLostError, match="lease_expired"):
                 lock.check()
@@ -326,11 +326,11 @@ class TestTheCallersClock:
 
     def test_set_forward_and_renewed_before_anybody_asked(self, hold: Hold) -> None:
         """The store knows that nobody has taken it over: nothing is lost."""
-        clock = Clock()
+        clock = BareClock()
         store = MemoryBlobStore()
 
         def body(lock: OwnedJobLock) -> None:
-            clock.tick(2 * HOUR)
+            clock.advance(2 * HOUR)
             poll(lambda: (lock.record.expires_at or 0) > clock.now)
             lock.check()
 
@@ -339,12 +339,12 @@ class TestTheCallersClock:
 
     def test_set_back(self, hold: Hold) -> None:
         """No renewal moves the deadline back: others count on what they have read."""
-        clock = Clock()
+        clock = BareClock()
         deadlines: list[Any] = []
 
         def body(lock: OwnedJobLock) -> None:
             first = lock.record.expires_at
-            clock.tick(-HOUR)
+            clock.advance(-HOUR)
             count = len(store.calls)
             poll(lambda: store.calls[count:].count("set_if_match") > 2)
             deadlines.extend([first, lock.record.expires_at])
@@ -359,11 +359,11 @@ class TestTwoRunsOfOneJob:
 
     def test_the_first_does_not_renew_or_release_the_second(self, hold: Hold) -> None:
         """It was paused beyond its lease; the second has taken over."""
-        clock, store = Clock(), MemoryBlobStore()
+        clock, store = BareClock(), MemoryBlobStore()
         one: dict[str, Any] = {"uuid_factory": lambda: "task-1", "clock": clock}
 
         def body(lock: OwnedJobLock) -> None:
-            clock.tick(2 * HOUR)
+            clock.advance(2 * HOUR)
             assert acquire_job_lock(store, UID, VAULT, **one)
             poll(lambda: lock.lost)
 

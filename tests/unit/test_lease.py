@@ -34,7 +34,7 @@ from tests.support import (
     KEY,
     UID,
     VAULT,
-    Clock,
+    BareClock,
     PlainStore,
     RecordingStore,
     acquired,
@@ -50,7 +50,7 @@ class Simulation:
 
     def __init__(self, store: BlobStore, renew_every_ms: float = MINUTE / 3) -> None:
         self.store = store
-        self.clock = Clock()
+        self.clock = BareClock()
         self.keeper = make_keeper(
             store,
             ttl_ms=MINUTE,
@@ -62,7 +62,7 @@ class Simulation:
         self.keeper.begun = True
         self.lease = self.keeper.lease
         self.lock = OwnedJobLock(self.keeper)
-        self.pass_time: Callable[[float], None] = self.clock.tick
+        self.pass_time: Callable[[float], None] = self.clock.advance
 
     def monotonic(self) -> float:
         return self.clock.now - 999_000
@@ -98,7 +98,7 @@ class TestInSimulatedTime:
         def pass_time(ms: float) -> None:
             nonlocal refused
             for _ in range(int(ms // 1000)):
-                simulation.clock.tick(1000)
+                simulation.clock.advance(1000)
                 refused += not acquire_job_lock(store, UID, VAULT, clock=simulation.clock)
 
         simulation.pass_time = pass_time
@@ -156,7 +156,7 @@ class TestInSimulatedTime:
         lost_at: list[float] = []
 
         def pass_time(ms: float) -> None:
-            simulation.clock.tick(ms)
+            simulation.clock.advance(ms)
             if simulation.lock.lost:
                 lost_at.append(simulation.clock.now)
 
@@ -180,9 +180,9 @@ class TestInSimulatedTime:
         seen: list[bool] = []
 
         def hang() -> None:
-            simulation.clock.tick(LEASE - MINUTE / 3 - 1)
+            simulation.clock.advance(LEASE - MINUTE / 3 - 1)
             seen.append(simulation.lock.lost)
-            simulation.clock.tick(1)
+            simulation.clock.advance(1)
             seen.append(simulation.lock.lost)
 
         store.script = [hang]
@@ -195,7 +195,7 @@ class TestInSimulatedTime:
         """Whether anyone asked meanwhile must not matter."""
         store = FlakyStore()
         simulation = Simulation(store)
-        store.script = [lambda: simulation.clock.tick(MINUTE * 2 / 3)]
+        store.script = [lambda: simulation.clock.advance(MINUTE * 2 / 3)]
         with pytest.raises(JobLockLostError, match="lease_expired"):
             simulation.job(HOUR)
 
@@ -212,7 +212,7 @@ class TestInSimulatedTime:
         """The loss is explained by what led to it, not by what a renewal has mended."""
         store = FlakyStore()
         simulation = Simulation(store)
-        store.script = [fail, lambda: None, lambda: simulation.clock.tick(MINUTE)]
+        store.script = [fail, lambda: None, lambda: simulation.clock.advance(MINUTE)]
         with pytest.raises(JobLockLostError, match="lease_expired") as caught:
             simulation.job(HOUR)
         assert caught.value.__cause__ is None
@@ -221,7 +221,7 @@ class TestInSimulatedTime:
         """A write that took ten seconds leaves ten seconds less."""
         store = FlakyStore()
         simulation = Simulation(store)
-        store.script = [lambda: simulation.clock.tick(10_000)]
+        store.script = [lambda: simulation.clock.advance(10_000)]
         begun = simulation.monotonic()
         simulation.job(MINUTE / 2)
         assert simulation.lease.deadline == begun + MINUTE / 3 + LEASE
@@ -235,7 +235,7 @@ class TestInSimulatedTime:
         simulation = Simulation(store)
 
         def outage() -> None:
-            simulation.clock.tick(HOUR)
+            simulation.clock.advance(HOUR)
             fail()
 
         store.before["delete_if_match"] = outage
@@ -249,7 +249,7 @@ class TestInSimulatedTime:
     @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.5, 0.999])
     def test_whole_milliseconds_hide_a_fraction(self, fraction: float) -> None:
         """The record's deadline is that much sooner: even then nobody can take over before."""
-        real = Clock(1_000_000 + fraction)
+        real = BareClock(1_000_000 + fraction)
         store = MemoryBlobStore()
 
         def wall() -> int:
@@ -258,14 +258,14 @@ class TestInSimulatedTime:
         won = acquired(acquire_job_lock(store, UID, VAULT, ttl_ms=20, clock=wall))
         lease = Lease(won, begun=real.now, ttl_ms=20, renew_every_ms=5)
         while not acquire_job_lock(store, UID, VAULT, ttl_ms=20, clock=wall):
-            real.tick(0.001)
+            real.advance(0.001)
         assert lease.loss(real.now) is not None
 
     def test_a_body_that_ends_after_the_deadline_releases_nothing(self) -> None:
         """As if the process had been stopped in between: the lock is another's to take."""
         store = RecordingStore()
         simulation = Simulation(store)
-        simulation.pass_time = lambda _: simulation.clock.tick(HOUR)
+        simulation.pass_time = lambda _: simulation.clock.advance(HOUR)
         with pytest.raises(JobLockLostError, match="lease_expired"):
             simulation.job(MINUTE / 4)
         assert store.calls == ["set_if_new"]
@@ -287,7 +287,7 @@ class TestInSimulatedTime:
 
         def take_over() -> None:
             store.before.clear()
-            far = Clock(simulation.clock.now + 2 * MINUTE)  # a host whose clock is ahead
+            far = BareClock(simulation.clock.now + 2 * MINUTE)  # a host whose clock is ahead
             assert acquire_job_lock(store, UID, VAULT, clock=far, uuid_factory=lambda: "other")
 
         store.before["delete_if_match" if late else "set_if_match"] = take_over

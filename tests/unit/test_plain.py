@@ -14,7 +14,7 @@ def test_acquire_has_no_etag_and_keeps_the_receipt(api: Api, clock: Clock) -> No
     store = PlainStore()
     first = acquired(api.acquire(store, UID, VAULT, ttl_ms=10, clock=clock))
     assert (first.etag, first.took_over) == (None, None)
-    clock.tick(10)
+    clock.advance(10)
     waiting = held(api.acquire(store, UID, VAULT, clock_skew_ms=1, clock=clock))
     assert waiting.existing == first.record
     second = acquired(api.acquire(store, UID, VAULT, clock=clock))
@@ -33,7 +33,7 @@ def test_renew_reads_then_writes(api: Api, clock: Clock) -> None:
     store = PlainStore()
     won = acquired(api.acquire(store, UID, VAULT, clock=clock, uuid_factory=lambda: "a"))
     store.calls.clear()
-    clock.tick(5)
+    clock.advance(5)
     renewed = api.renew(store, UID, VAULT, expected_job_id="a", clock=clock)
     assert isinstance(renewed, Renewed)
     assert renewed.etag is None

@@ -109,7 +109,7 @@ def crashed_run(store: Any, job_id: str, clock: Clock) -> JobLockRecord:
     dead = there(store).__replace__(run_id="dead", expires_at=clock.now + MINUTE)
     assert dead.job_id == job_id
     store.set(KEY, dead.to_json())
-    clock.tick(MINUTE)
+    clock.advance(MINUTE)
     return dead
 
 
@@ -124,7 +124,7 @@ class TestResuming:
         taken = acquired(
             acquire_job_lock(store, UID, VAULT, reason="r", extra={"task": 7}, clock=clock)
         ).record
-        clock.tick(5000)
+        clock.advance(5000)
         seen: list[tuple[str, JobLockRecord, JobLockRecord | None]] = []
 
         def body(lock: OwnedJobLock) -> None:
@@ -211,7 +211,7 @@ class TestResuming:
         store = MemoryBlobStore()
         clock = Clock()
         lock = acquired(acquire_job_lock(store, UID, VAULT, clock=clock))
-        clock.tick(HOUR)
+        clock.advance(HOUR)
         seen: list[Any] = []
 
         def body(running: OwnedJobLock) -> None:
@@ -375,7 +375,7 @@ class TestRequeue:
         clock = Clock()
         taken = acquired(acquire_job_lock(store, UID, VAULT, clock=clock)).record
         job_id = str(taken.job_id)
-        clock.tick(HOUR)
+        clock.advance(HOUR)
 
         def body(running: OwnedJobLock) -> None:
             running.requeue()
@@ -402,7 +402,7 @@ class TestRequeue:
 
         def body(running: OwnedJobLock) -> None:
             running.requeue(ttl_ms=timedelta(hours=2))
-            clock.tick(1000)
+            clock.advance(1000)
 
         resume(store, lock.job_id, body, clock=clock)
         assert there(store).expires_at == clock.now + 2 * HOUR
@@ -588,7 +588,7 @@ class TestTakingBack:
         store = Down()
         first = JobLockRecord("task-1", UID, VAULT, started_at=clock.now, expires_at=1e15)
         store.set(KEY, first.to_json())
-        clock.tick(5)
+        clock.advance(5)
         hold = hold_job_lock(store, UID, VAULT, clock=clock, uuid_factory=lambda: "task-1")
         with pytest.raises(ConnectionError):
             hold.__enter__()
@@ -611,7 +611,7 @@ class TestAtLeast:
             hold_job_lock(store, UID, VAULT, clock=clock, at_least_ms=HOUR) as lock,
         ):
             taken.append(lock.record)
-            clock.tick(50)
+            clock.advance(50)
             if raises:
                 raise KeyError
         ended = taken[0].__replace__(expires_at=started + HOUR, ended_at=started + 50)
@@ -619,7 +619,7 @@ class TestAtLeast:
         refused = held(acquire_job_lock(store, UID, VAULT, clock=clock))
         assert refused.existing.ended_at == started + 50
         assert refused.retry_after_s() == 3600
-        clock.tick(HOUR - 50)
+        clock.advance(HOUR - 50)
         assert acquired(acquire_job_lock(store, UID, VAULT, clock=clock)).took_over == ended
 
     def test_a_job_that_lasts_longer(self, resume: Resume) -> None:
@@ -629,7 +629,7 @@ class TestAtLeast:
         lock = acquired(acquire_job_lock(store, UID, VAULT, clock=clock))
 
         def body(_: OwnedJobLock) -> None:
-            clock.tick(MINUTE / 2)
+            clock.advance(MINUTE / 2)
 
         resume(store, lock.job_id, body, clock=clock, at_least_ms=MINUTE / 2)
         assert list(store) == []
@@ -653,7 +653,7 @@ class TestAtLeast:
         store = RecordingStore()
         clock = Clock()
         lock = acquired(api.acquire(store, UID, VAULT, clock=clock))
-        clock.tick(10)
+        clock.advance(10)
         for written in (1, 0):
             store.calls.clear()
             assert api.release(
@@ -676,7 +676,7 @@ class TestAtLeast:
         store = MemoryBlobStore()
         clock = Clock()
         lock = acquired(api.acquire(store, UID, VAULT, clock=clock))
-        clock.tick(1000)
+        clock.advance(1000)
         assert api.release(
             store, UID, VAULT, expected_job_id=lock.job_id, at_least_ms=1000, clock=clock
         )
@@ -701,7 +701,7 @@ class TestAtLeast:
                 store, UID, VAULT, expected_job_id=lock.job_id, at_least_ms=1000, clock=clock
             )
             ends.append(there(store))
-            clock.tick(5)
+            clock.advance(5)
         assert ends[0] == ends[1]
         assert [call[0] for call in store.calls].count("set") == 2  # the lock, and its end
 
@@ -775,12 +775,12 @@ class TestAtMost:
         store = MemoryBlobStore()
         clock = Clock()
         lock = acquired(acquire_job_lock(store, UID, VAULT, clock=clock))
-        clock.tick(1000)
+        clock.advance(1000)
 
         def body(running: OwnedJobLock) -> None:
             assert running.record.expires_at == clock.now + 1000
             assert not running.lost
-            clock.tick(1000)
+            clock.advance(1000)
             with pytest.raises(JobLockLostError) as lost:
                 running.check()
             assert lost.value.reason == "lease_expired"
@@ -816,7 +816,7 @@ class TestAtMost:
         store = MemoryBlobStore()
         clock = Clock()
         lock = acquired(acquire_job_lock(store, UID, VAULT, clock=clock))
-        clock.tick(2000)
+        clock.advance(2000)
         with pytest.raises(JobLockLostError) as late:
             resume(store, lock.job_id, never, clock=clock, at_most_ms=2000)
         assert late.value.reason == "lease_expired"

@@ -29,7 +29,7 @@ from tests.support import (
     KEY,
     UID,
     VAULT,
-    Clock,
+    BareClock,
     PlainStore,
     RecordingStore,
     acquired,
@@ -50,7 +50,7 @@ class Waiting:
     """A keeper that waits for the lock while only simulated time passes."""
 
     def __init__(self, store: Any, **keywords: Any) -> None:
-        self.clock = Clock()
+        self.clock = BareClock()
         self.pauses: list[float] = []
         self.keeper: Keeper = make_keeper(
             store, clock=self.clock, now=lambda: self.clock.now - 999_000, **keywords
@@ -59,7 +59,7 @@ class Waiting:
     def enter(self) -> None:
         async def wait(seconds: float) -> None:
             self.pauses.append(seconds * 1000)
-            self.clock.tick(seconds * 1000)
+            self.clock.advance(seconds * 1000)
 
         await_now(self.keeper.enter(wait))
 
