@@ -223,14 +223,14 @@ def report(swept: Sweep, step: int, cases: list[str], times: int = 1) -> None:
     assert cuts > 10
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 37])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 67])
 def test_a_cut_reply_is_answered_truly(name: str, step: int, backends: Backends) -> None:
     """Over plain HTTP; with `--deep` after each byte."""
     with sweep(backends, name) as swept:
         report(swept, step * SLOWER.get(name, 1), list(CASES))
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 97])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 211])
 def test_a_cut_reply_over_tls(
     name: str, step: int, backends: Backends, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -316,6 +316,7 @@ class TestWebHandlers:
     def port(self, request: pytest.FixtureRequest, shop: Shop) -> int:
         """Where the service listens."""
         needs(request.param)
+        needs({"fastapi": "uvicorn", "flask": "gunicorn"}.get(request.param, request.param))
         port = free_port()
         shop.environment["LOCKS_URL"] = shop.url
         shop.start(sys.executable, *(word.format(port=port) for word in WEB[request.param]))
@@ -352,6 +353,7 @@ def test_the_schema_of_fastapi(shop: Shop) -> None:
 def test_a_client_that_goes_away(shop: Shop) -> None:
     """Before it has its answer: the job runs to its end all the same, and the lock is free."""
     needs("fastapi")
+    needs("uvicorn")
     port = free_port()
     shop.start(sys.executable, *(word.format(port=port) for word in WEB["fastapi"]))
 
