@@ -8,6 +8,7 @@ import time
 import unittest
 from collections.abc import Coroutine
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -233,6 +234,15 @@ class TestATask:
         """It says what to call."""
         with pytest.raises(TypeError, match="await take_async"):
             take(AsyncMemoryBlobStore(), UID, VAULT)  # type: ignore[arg-type] # pyright: ignore
+
+
+def test_a_mock_is_no_such_clock() -> None:
+    """It would say yes to whatever a clock may have."""
+    clock = Mock(return_value=5000)
+    with hold_job_lock(MemoryBlobStore(), UID, VAULT, clock=clock) as lock:
+        assert lock.record.started_at == 5000
+        assert not lock.lost
+    assert {name for name, *_ in clock.method_calls} == set()
 
 
 def test_the_clock_alone() -> None:
