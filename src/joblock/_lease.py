@@ -76,7 +76,8 @@ class Timer(Protocol):
 def _as_timer(clock: Any) -> Timer | None:
     """Return the clock, if it is one of `joblock.testing` or like that."""
     # Its class is asked, since a mock has whatever it is asked for.
-    timer: Timer | None = clock if hasattr(type(clock), "monotonic_ms") else None
+    kind: Any = type(clock)
+    timer: Timer | None = clock if hasattr(kind, "monotonic_ms") else None
     return timer
 
 

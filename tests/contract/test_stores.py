@@ -80,7 +80,7 @@ def at_once(act: Callable[[str], T]) -> list[T]:
 
 
 def rounds(name: str) -> int:
-    return 20 if name in ("memory", "sqlite") else 3
+    return 8 if name in ("memory", "sqlite") else 3
 
 
 def text_of(store: ConditionalBlobStore, key: str = KEY) -> str | None:

@@ -315,11 +315,12 @@ class TestWebHandlers:
     @pytest.fixture(params=WEB)
     def port(self, request: pytest.FixtureRequest, shop: Shop) -> int:
         """Where the service listens."""
-        needs(request.param)
-        needs({"fastapi": "uvicorn", "flask": "gunicorn"}.get(request.param, request.param))
+        framework: str = request.param
+        needs(framework)
+        needs({"fastapi": "uvicorn", "flask": "gunicorn"}.get(framework, framework))
         port = free_port()
         shop.environment["LOCKS_URL"] = shop.url
-        shop.start(sys.executable, *(word.format(port=port) for word in WEB[request.param]))
+        shop.start(sys.executable, *(word.format(port=port) for word in WEB[framework]))
 
         def listens() -> bool:
             with socket.socket() as client:

@@ -34,12 +34,17 @@ SEARCHES: Searches = [
             "ended": 2207,
         },
     ),
-    (TWO_WITH_FAULTS, {"taken": 28675}),
 ]
 DEEP: Searches = [
     (
         TWO_WITH_FAULTS,
-        {"taken, expired": 42445, "a live run": 12853, "a dead run": 42445, "ended": 7560},
+        {
+            "taken": 28675,
+            "taken, expired": 42445,
+            "a live run": 12853,
+            "a dead run": 42445,
+            "ended": 7560,
+        },
     ),
     (TWO_WITH_CRASHES, {"taken": 81071, "a dead run": 110300}),
     (TWO_REPEATING, {"taken": 42261, "a dead run": 62763}),

@@ -29,11 +29,19 @@ RUNS_WITH_FAULTS = (2, RUNS[1]._replace(faults=1))
 STARTS = INITIAL | LIFE
 # What each search visited when it was last looked at, as in test_exhaustive.
 SEARCHES: Searches = [
-    (TWO, {"no record": 15223}),
     (RUNS, {"taken": 8529, "a dead run": 14047}),
 ]
 DEEP: Searches = [
-    (TWO, {"live": 12129, "expired": 38212, "malformed": 40147, "tombstone": 38212}),
+    (
+        TWO,
+        {
+            "no record": 15223,
+            "live": 12129,
+            "expired": 38212,
+            "malformed": 40147,
+            "tombstone": 38212,
+        },
+    ),
     (RUNS, {"a live run": 5550, "ended": 4062}),
     (THREE, {"no record": 40302}),
     (RUNS_WITH_FAULTS, {"taken": 32909, "a dead run": 63890}),
