@@ -19,15 +19,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from . import _processes
 from ._hold import OwnedJobLock, left_s
@@ -36,10 +38,6 @@ from ._record import JobLockRecord
 
 # A shell's exit statuses.
 CANNOT_RUN, NOT_FOUND, KILLED_BY = 126, 127, 128
-
-Signals: TypeAlias = "queue.SimpleQueue[int]"
-LOOK = 0
-"""Among the signals: a child has ended, or the lock is lost."""
 
 
 def _known(*names: str) -> list[signal.Signals]:
@@ -78,17 +76,19 @@ def attend(command: list[str], lock: OwnedJobLock, signals: Signals, grace_s: fl
     orphans = _processes.Orphans()
     signalled = stopping = False
     kill_at = math.inf
-    for signum in _drain(signals):  # even from the keys: the command may have started after them
+    for signum in signals.taken():  # even from the keys: the command may have started after them
         signalled = True
         family.send(signum)
 
-    while child.poll() is None or (signalled and family.goes_on()):
-        with contextlib.suppress(queue.Empty):
-            signum = signals.get(timeout=_pause_s(child, lock, kill_at))
-            if signum != LOOK:
-                signalled = True
-                if not _sent_by_terminal(signum):
-                    family.send(signum)
+    while True:
+        ended = child.poll() is not None
+        for signum in signals.taken():  # after that look: what ended the command may be among them
+            signalled = True
+            if not _sent_by_terminal(signum):
+                family.send(signum)
+        if ended and not (signalled and family.goes_on()):
+            break
+        signals.wait(_pause_s(child, lock, kill_at))
         if adopting:
             orphans.reap()
         if lock.lost and not stopping:
@@ -169,6 +169,44 @@ def _environment(record: JobLockRecord) -> dict[str, str]:
     return inherited | {name: text for name, text in ids.items() if text is not None}
 
 
+class Signals:
+    """Those that have come, in their order, and the waiting for more."""
+
+    def __init__(self) -> None:
+        self._came: deque[int] = deque()
+        self._reader, self._writer = socket.socketpair()
+        for end in (self._reader, self._writer):
+            end.setblocking(False)
+        # Python's C handler writes here. A wait for what Python's own handler tells could begin
+        # just after a signal, before which that handler was not yet called, and not be ended by it.
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+
+    def close(self) -> None:
+        """Let what was told of signals before be told again."""
+        signal.set_wakeup_fd(self._before)
+        self._reader.close()
+        self._writer.close()
+
+    def add(self, signum: int) -> None:
+        """Take in that a signal came."""
+        self._came.append(signum)
+
+    def taken(self) -> Iterator[int]:
+        """Yield those that have come, each once."""
+        while self._came:
+            yield self._came.popleft()
+
+    def wake(self) -> None:
+        """End the waiting, from any thread."""
+        with contextlib.suppress(OSError):  # it is full, and so ends it anyway, or it is closed
+            self._writer.send(b"x")
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a signal, the end of a child among them, or until woken, but no longer."""
+        if select.select([self._reader], [], [], seconds)[0]:
+            self._reader.recv(4096)
+
+
 @contextlib.contextmanager
 def collected_signals(stop_waiting: Callable[[], object]) -> Generator[Signals]:
     """Collect the signals that would end this process, except those that it was told to ignore.
@@ -176,13 +214,11 @@ def collected_signals(stop_waiting: Callable[[], object]) -> Generator[Signals]:
     Only collected: none can interrupt an acquire or a release halfway. Who waits, for the lock or
     for the store to answer to its release, is told by `stop_waiting`.
     """
-    signals: Signals = queue.SimpleQueue()
+    signals = Signals()
 
     def collect(signum: int, _frame: FrameType | None) -> None:
-        if signum in _CHILD_ENDED:
-            signals.put(LOOK)
-        else:
-            signals.put(signum)
+        if signum not in _CHILD_ENDED:  # that ends a wait, and is all
+            signals.add(signum)
             stop_waiting()
 
     heeded = [signum for signum in _PASSED_ON if signal.getsignal(signum) != signal.SIG_IGN]
@@ -192,18 +228,12 @@ def collected_signals(stop_waiting: Callable[[], object]) -> Generator[Signals]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        signals.close()
 
 
 def early_signal(signals: Signals) -> int | None:
     """The first signal that came before the command was started, if one did."""
-    return next(_drain(signals), None)
-
-
-def _drain(signals: Signals) -> Iterator[int]:
-    while not signals.empty():
-        signum = signals.get()
-        if signum != LOOK:
-            yield signum
+    return next(signals.taken(), None)
 
 
 def _sent_by_terminal(signum: int) -> bool:

@@ -28,7 +28,7 @@ from . import (
     release_job_lock,
     resume_job_lock,
 )
-from ._child import KILLED_BY, LOOK, attend, collected_signals, early_signal
+from ._child import KILLED_BY, attend, collected_signals, early_signal
 from ._hold import stop_waiting, tell_of_loss
 from ._locks import swept
 from ._output import (
@@ -130,7 +130,7 @@ def _run(args: _Arguments) -> int:
     slow = threading.Timer(_SLOW_S, say, [_WAITS_FOR_THE_STORE])
     slow.daemon = True
     with log_to_stderr(), collected_signals(partial(stop_waiting, hold)) as signals:
-        tell_of_loss(hold, partial(signals.put, LOOK))
+        tell_of_loss(hold, signals.wake)
         try:
             with hold as lock:
                 lock.check()  # the store may have taken longer than the lease lasts

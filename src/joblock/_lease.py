@@ -76,8 +76,7 @@ class Timer(Protocol):
 def _as_timer(clock: Any) -> Timer | None:
     """Return the clock, if it is one of `joblock.testing` or like that."""
     # Its class is asked, since a mock has whatever it is asked for.
-    kind: Any = type(clock)
-    timer: Timer | None = clock if hasattr(kind, "monotonic_ms") else None
+    timer: Timer | None = clock if hasattr(clock.__class__, "monotonic_ms") else None
     return timer
 
 

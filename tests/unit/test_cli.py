@@ -7,11 +7,11 @@ import importlib
 import io
 import json
 import os
-import queue
 import re
 import runpy
 import shlex
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -860,13 +861,40 @@ class TestArguments:
         assert run("peek", UID, VAULT) == (130, "", "")
 
 
-def test_a_childs_end_is_not_the_signal_that_came_early() -> None:
-    """It is of a child that an exec left to this process."""
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    assert _child.early_signal(signals) is None
-    signals.put(_child.LOOK)
-    signals.put(signal.SIGTERM)
-    assert _child.early_signal(signals) == signal.SIGTERM
+class TestSignals:
+    """As they are collected while a command runs."""
+
+    def test_early(self) -> None:
+        """The first that came, and none twice; a child's end is none."""
+        with _child.collected_signals(list) as signals:
+            assert _child.early_signal(signals) is None
+            for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), signum)
+            assert _child.early_signal(signals) == signal.SIGTERM
+            assert list(signals.taken()) == [signal.SIGUSR1]
+
+    def test_one_that_comes_just_before_the_waiting(self) -> None:
+        """It ends it, though it cannot interrupt it; so does what another thread tells."""
+        with _child.collected_signals(list) as signals:
+            for tell in (partial(os.kill, os.getpid(), signal.SIGCHLD), signals.wake):
+                tell()
+                begun = time.monotonic()
+                signals.wait(300)
+                assert time.monotonic() - begun < 100
+            signals.wait(0)  # nothing is left of them
+        signals.wake()  # nobody waits any more
+
+    def test_what_was_before_is_again(self) -> None:
+        """Also the descriptor that an event loop may have set."""
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            writer.setblocking(False)
+            before = signal.set_wakeup_fd(writer.fileno())
+            try:
+                with _child.collected_signals(list):
+                    pass
+            finally:
+                assert signal.set_wakeup_fd(before) == writer.fileno()
 
 
 def take(store: SqliteBlobStore, vault: str, **fields: Any) -> JobLockRecord:
