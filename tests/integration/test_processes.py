@@ -219,10 +219,12 @@ class TestAtATerminal:
 
     def test_ctrl_z_and_fg(self, terminal: Terminal, store: SqliteBlobStore) -> None:
         """The shell stops the job and goes on with it; then the command reads what is typed."""
-        self.started(terminal, "echo child 1 here; read words; echo 'it read' $words")
+        _, command = self.started(terminal, "echo child $$ here; read words; echo 'it read' $words")
         terminal.type("\x1a")
         terminal.until("Stopped")
         terminal.until("prompt> ")
+        # Joblock is. What is typed before the command is stopped, too, may still be read by it.
+        eventually(lambda: ") T " in Path(f"/proc/{command}/stat").read_text())
         terminal.run("fg")
         terminal.type("some words\n")
         terminal.until("it read some words")
