@@ -58,7 +58,7 @@ def test_with_freezegun():
     with freeze_time("2026-01-01") as frozen:
         assert acquire_job_lock(store, "u", "v")
         assert not acquire_job_lock(store, "u", "v")
-        frozen.advance(timedelta(minutes=16))
+        frozen.tick(timedelta(minutes=16))
         assert acquire_job_lock(store, "u", "v").took_over
     take(store, "u", "w")
     with freeze_time("2026-01-01"), hold_job_lock(store, "u", "x") as lock:
