@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_each_store_and_each_peer_has_a_row() -> None:
     """A figure, or that it is not installed."""
     rows = run("free", "refused")

@@ -464,6 +464,7 @@ RUN = ["run", UID, VAULT, "--", *UNTIL_ALL_HAVE_ANSWERED]
 class TestFiftyAtOnce:
     """As fifty hosts' cron at the same minute: one runs, forty-nine are told who does."""
 
+    @pytest.mark.slow
     def test_forked(self, store: SqliteBlobStore) -> None:
         """Processes on one SQLite file, let loose at the same moment."""
         with subprocess.Popen(

@@ -338,6 +338,7 @@ def test_an_answer_that_is_none_is_asked_for_again(first: tuple[bytes, ...]) -> 
         assert store.get_with_etag(KEY) == Blob(b"live", '"9"')
 
 
+@pytest.mark.slow
 def test_connections_that_the_server_has_closed_do_not_use_up_the_attempts() -> None:
     """One that is found closed says the same of the others."""
     with (

@@ -63,6 +63,7 @@ def as_doubles(record: JobLockRecord) -> JobLockRecord:
     )
 
 
+@pytest.mark.slow
 def test_both_languages_read_the_same_records() -> None:
     """Whether a text is a record at all, and each known field, to the byte."""
     rng = random.Random("node")

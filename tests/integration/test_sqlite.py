@@ -398,6 +398,7 @@ class TestFork:
         )
         assert (result.returncode, result.stderr) == (0, "")
 
+    @pytest.mark.slow
     def test_while_other_threads_use_the_store(self, tmp_path: Path) -> None:
         """No child inherits a lock that nobody releases, nor a statement half done."""
         result = run_python(

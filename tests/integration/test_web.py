@@ -212,6 +212,7 @@ def request(service: Service, method: str, path: str = "/user-1/Business") -> Re
     return response
 
 
+@pytest.mark.slow
 def test_eight_simultaneous_clicks_start_one_job(service: Service) -> None:
     """One 202; seven 409 that name the job that runs; after it has released, 202 again."""
     for _ in range(5):

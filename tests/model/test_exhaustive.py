@@ -30,7 +30,6 @@ SEARCHES: Searches = [
     (TWO_WITH_FAULTS, {"no record": 8593, "live": 7005}),
     (TWO_WITH_CRASHES, {"no record": 3600, "live": 3223, "expired": 9251}),
     (TWO_FOR_LONGER, {"no record": 12364, "live": 8088}),
-    (TWO_EXPIRIES, {"no record": 15845}),
     (THREE, {"no record": 644, "live": 355, "expired": 3531, "malformed": 3531, "tombstone": 3531}),
     (THREE_EXPIRING, {"no record": 12120}),
 ]
@@ -39,7 +38,16 @@ DEEP: Searches = [
     (TWO_WITH_FAULTS, {"expired": 23333, "malformed": 23333, "tombstone": 23333}),
     (TWO_WITH_CRASHES, {"malformed": 9251, "tombstone": 9251}),
     (TWO_FOR_LONGER, {"expired": 24657, "malformed": 24657, "tombstone": 24657}),
-    (TWO_EXPIRIES, {"live": 22840, "expired": 42837, "malformed": 42837, "tombstone": 42837}),
+    (
+        TWO_EXPIRIES,
+        {
+            "no record": 15845,
+            "live": 22840,
+            "expired": 42837,
+            "malformed": 42837,
+            "tombstone": 42837,
+        },
+    ),
     (THREE_EXPIRING, {"live": 36470, "expired": 79016, "malformed": 79016, "tombstone": 79016}),
 ]
 

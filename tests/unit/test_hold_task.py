@@ -328,6 +328,7 @@ class TestATask:
         assert levels(caplog) == ["WARNING"]
         assert "could not release" in caplog.text
 
+    @pytest.mark.slow
     def test_a_renewal_in_a_thread_does_not_undo_the_release(self) -> None:
         """Cancelled at the deadline, it goes on in its thread, where its etag is refused."""
         store, hanging, answer = store_that_hangs()

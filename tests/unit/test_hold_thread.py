@@ -101,6 +101,7 @@ class TestAThread:
             answer.set()
         assert_logged(caplog, "ERROR")
 
+    @pytest.mark.slow
     def test_a_body_that_ends_while_a_renewal_hangs(self, caplog: pytest.LogCaptureFixture) -> None:
         """Leaving waits for the deadline and no longer; the job was done in time."""
         store, hanging, answer = store_that_hangs()

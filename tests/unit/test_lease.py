@@ -319,6 +319,7 @@ class TestInSimulatedTime:
         assert store.script == []
         assert not simulation.lock.lost
 
+    @pytest.mark.slow
     def test_whoever_can_take_over_finds_the_lock_lost(self) -> None:
         """Under random failures, lost replies and delays, at every moment that a rival tries."""
         taken, kept = 0, 0

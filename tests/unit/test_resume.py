@@ -788,6 +788,7 @@ class TestAtMost:
         with pytest.raises(JobLockLostError):
             resume(store, lock.job_id, body, clock=clock, at_most_ms=2000)
 
+    @pytest.mark.slow
     def test_renewals_end_there(self) -> None:
         """The last one moves the deadline to the end of the job's time; then there are none."""
         store = RecordingStore()
