@@ -427,7 +427,12 @@ class TestRun:
         monkeypatch.setattr(_processes, "descendants", no_others)
         group = f"{sys.executable} -c 'import os; print(os.getpgrp())'"
         script = f"{group}; kill -INT $PPID; kill -TERM $PPID; sleep 60"
-        status, out, err = run("run", UID, VAULT, "--", "sh", "-c", script)
+        # A shell that started the tests in the background has it ignored, and then it stays so.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            status, out, err = run("run", UID, VAULT, "--", "sh", "-c", script)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert (status, err) == (143, "")
         assert int(out) == os.getpgrp()
         assert store.get(KEY) is None

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from joblock.stores._remote import CutReplyError, Pool, Retry
+from joblock.stores._remote import CutReplyError, Pool, Retry, dated
 from tests.backends import azure_client, gcs_client, s3_client
 
 NOWHERE = "http://127.0.0.1:1"
@@ -176,3 +176,9 @@ def test_a_value_of_azures_that_is_too_short() -> None:
     with pytest.raises(CutReplyError, match="0 bytes of a value of 5"):
         AzureBlobStore(container).get("k")
     assert len(asked) == 3
+
+
+def test_what_a_reply_is_dated() -> None:
+    """Some time of that second; nothing is known of a reply that has no date."""
+    assert dated("Thu, 01 Jan 1970 00:00:10 GMT") == (10_000, 10_999)
+    assert dated(None) is None
