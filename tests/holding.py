@@ -32,12 +32,12 @@ HOUR = 60 * MINUTE
 LEASE = MINUTE - 1  # as the holder counts it: the record's clock may have dropped a millisecond
 
 
-def poll(condition: Callable[[], object]) -> None:
-    """Wait for what a thread is about to do."""
-    until = time.monotonic() + 30
+def poll(condition: Callable[[], object], *, within_s: float = 30, every_s: float = 0.001) -> None:
+    """Wait for what a thread, or with a longer time another process, is about to do."""
+    until = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.001)
+        time.sleep(every_s)
 
 
 def renewing_threads() -> list[str]:

@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, TypeAlias
 
@@ -20,10 +20,12 @@ import pytest
 
 from joblock import JobLockRecord, acquire_job_lock, peek_job_lock
 from joblock.stores.sqlite import SqliteBlobStore
+from tests.holding import poll
 from tests.support import KEY, UID, VAULT, held
 
 JOBLOCK = [sys.executable, "-m", "joblock"]
 DEADLINE_S = 30
+eventually = partial(poll, within_s=DEADLINE_S, every_s=0.01)
 SIGNALS = [
     signal.SIGINT,
     signal.SIGTERM,
@@ -78,13 +80,6 @@ def heed_all_signals(but: list[int]) -> None:
     """Whoever started the tests may have them ignored: nohup, or a shell in the background."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN if signum in but else signal.SIG_DFL)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def kill(command: int) -> None:

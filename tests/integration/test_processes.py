@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,9 +20,11 @@ import pytest
 
 from joblock import JobLockRecord, _processes, acquire_job_lock
 from joblock.stores.sqlite import SqliteBlobStore
+from tests.holding import poll
 from tests.support import KEY, UID, VAULT, held
 
 DEADLINE_S = 60
+eventually = partial(poll, within_s=DEADLINE_S, every_s=0.01)
 JOBLOCK = f"{shlex.quote(sys.executable)} -m joblock run {UID} {VAULT}"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is known")
 
@@ -32,13 +34,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteBlo
     monkeypatch.setenv("JOBLOCK_STORE", f"sqlite:{tmp_path / 'jobs.db'}")
     with SqliteBlobStore(tmp_path / "jobs.db") as store:
         yield store
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def lives(pid: int) -> bool:

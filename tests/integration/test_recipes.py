@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -24,11 +24,14 @@ import pytest
 from joblock import acquire_job_lock, list_job_locks, peek_job_lock
 from joblock.stores import open_store
 from tests.backends import Backends
+from tests.holding import poll
+from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 RECIPES = Path(__file__).parent / "recipes"
 BIN = Path(sys.executable).parent
 DEADLINE_S = 120
+eventually = partial(poll, within_s=DEADLINE_S, every_s=0.02)
 TTL_S = 2
 CLICKS = 50
 
@@ -62,13 +65,6 @@ with ThreadPoolExecutor(clicks) as threads:
 def needs(package: str) -> None:
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.02)
 
 
 class Run(NamedTuple):
@@ -285,13 +281,6 @@ class TestQueues:
         store = open_store(shop.url)
         eventually(lambda: acquire_job_lock(store, "user-1", "hangs"))
         assert len(shop.runs()) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def post(port: int, path: str) -> tuple[int, Any, str | None]:
