@@ -43,6 +43,7 @@ BY_CONTENT = (
     "obstore-s3-async",
     "redis",
     "redis-async",
+    "valkey",
 )  # the etag is of the content, not of the version
 RETRIES = {  # of boto3's client, where they are not those of joblock.stores.s3.QUICK
     "s3-once": {"total_max_attempts": 1},
@@ -286,16 +287,16 @@ def open_redis(name: str, stack: ExitStack, url: str, prefix: str) -> Conditiona
     redis: Any = pytest.importorskip("redis")
     from joblock.stores.redis import AsyncRedisBlobStore, RedisBlobStore
 
-    if name == "redis":
+    if name in ("redis", "valkey"):
         return RedisBlobStore(stack.enter_context(redis.Redis.from_url(url)), prefix=prefix)
     client = importlib.import_module("redis.asyncio").Redis.from_url(url)
     return in_a_loop(AsyncRedisBlobStore(client, prefix=prefix), client.aclose, stack)
 
 
 @contextmanager
-def _redis() -> Generator[tuple[str, Make]]:
+def _redis(program: str = "redis-server") -> Generator[tuple[str, Make]]:
     pytest.importorskip("redis")
-    with redis_server() as server:
+    with redis_server(program=program) as server:
         yield server.url, open_redis
 
 
@@ -361,6 +362,7 @@ _SERVERS: dict[str, Callable[[], AbstractContextManager[tuple[str, Make]]]] = {
     "netlify": _netlify,
     "dynamodb": _dynamodb,
     "redis": _redis,
+    "valkey": lambda: _redis("valkey-server"),
     "postgresql": _postgresql,
     "mariadb": _mariadb,
 }

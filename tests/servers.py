@@ -145,10 +145,12 @@ def _running(server: LocalServer) -> Generator[LocalServer]:
 
 
 @contextmanager
-def redis_server(*options: str, port: int = 0) -> Generator[LocalServer]:
-    """Redis, with a log of its writes: it may be killed, but not its host."""
-    if shutil.which("redis-server") is None:
-        missing("redis-server is not installed")
+def redis_server(
+    *options: str, port: int = 0, program: str = "redis-server"
+) -> Generator[LocalServer]:
+    """Redis or Valkey, with a log of its writes: it may be killed, but not its host."""
+    if shutil.which(program) is None:
+        missing(f"{program} is not installed")
 
     def answers(connection: socket.socket) -> bool:
         connection.sendall(b"PING\r\n")
@@ -156,7 +158,7 @@ def redis_server(*options: str, port: int = 0) -> Generator[LocalServer]:
 
     with tempfile.TemporaryDirectory() as folder:
         port = port or free_port()
-        command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", folder]
+        command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", folder]
         command += ["--save", "", "--appendonly", "yes", *options]
         log = Path(folder, "server.log")
         url = f"redis://127.0.0.1:{port}/0"

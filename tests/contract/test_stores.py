@@ -44,7 +44,7 @@ TOMBSTONE_TEXT = "null"
 THREADS = 24
 
 
-@pytest.fixture(params=["memory", "sqlite", *NAMES, *OBJECT_STORES, *DATABASES])
+@pytest.fixture(params=["memory", "sqlite", *NAMES, *OBJECT_STORES, *DATABASES, "valkey"])
 def name(request: pytest.FixtureRequest) -> str:
     chosen: str = request.param
     return chosen

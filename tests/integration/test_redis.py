@@ -1,4 +1,4 @@
-"""What is Redis's own: its clients, its restarts, its cluster; and forks, gevent and races."""
+"""What is Redis's and Valkey's own: clients, restarts, a cluster; and forks, gevent and races."""
 
 from __future__ import annotations
 
@@ -32,9 +32,15 @@ from tests.support import KEY, UID, VAULT, acquired, held
 redis: Any = pytest.importorskip("redis")
 
 
+@pytest.fixture(scope="module", params=["redis-server", "valkey-server"])
+def program(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[LocalServer]:
-    with redis_server() as running:
+def server(program: str) -> Iterator[LocalServer]:
+    with redis_server(program=program) as running:
         yield running
 
 
@@ -167,9 +173,9 @@ def test_a_reply_that_is_lost_again_and_again(server: LocalServer, client: Any) 
         proxy.forget()
 
 
-def test_a_server_that_is_killed_and_started_again() -> None:
+def test_a_server_that_is_killed_and_started_again(program: str) -> None:
     """With an append-only file no lock is lost, and who holds one goes on."""
-    with redis_server() as server, redis.Redis.from_url(server.url) as client:
+    with redis_server(program=program) as server, redis.Redis.from_url(server.url) as client:
         store = store_of(client)
         assert_outlives_its_server(store, server, signal.SIGKILL)
 
@@ -212,11 +218,11 @@ def test_one_winner_of_processes(server: LocalServer, client: Any) -> None:
     assert_one_winner_of_forks(store_of(client))
 
 
-def test_a_cluster() -> None:
+def test_a_cluster(program: str) -> None:
     """One key for each script, so any cluster will do; here one node has every slot."""
     port = free_port()
     options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-    with redis_server(*options, port=port) as server:
+    with redis_server(*options, port=port, program=program) as server:
         with redis.Redis.from_url(server.url) as node:
             node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
             while b"cluster_state:ok" not in node.execute_command("CLUSTER", "INFO"):
@@ -229,14 +235,12 @@ def test_a_cluster() -> None:
             assert list(store.list_keys("index-jobs/")) == [KEY]
 
 
-def test_sentinel(server: LocalServer, client: Any, tmp_path: Any) -> None:
+def test_sentinel(program: str, server: LocalServer, client: Any, tmp_path: Any) -> None:
     """A client that asks Sentinel for the primary."""
     port = free_port()
     config = tmp_path / "sentinel.conf"
     config.write_text(f"port {port}\nsentinel monitor jobs 127.0.0.1 {server.port} 1\n")
-    sentinel = subprocess.Popen(
-        ["redis-server", str(config), "--sentinel"], stdout=subprocess.DEVNULL
-    )
+    sentinel = subprocess.Popen([program, str(config), "--sentinel"], stdout=subprocess.DEVNULL)
     try:
         asked = importlib.import_module("redis.sentinel").Sentinel([("127.0.0.1", port)])
         primary = None
