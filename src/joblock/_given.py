@@ -92,18 +92,19 @@ def described(
         JobLockRecord,
         canister_uid=canister_uid,
         vault_id=vault_id,
-        actor_uid=_recorded("actor_uid", actor_uid, as_text(actor_uid)),
-        chunks_to_embed=_recorded("chunks_to_embed", chunks_to_embed, number(chunks_to_embed)),
-        estimated_seconds=_recorded(
-            "estimated_seconds", estimated_seconds, number(estimated_seconds)
-        ),
-        reason=_recorded("reason", reason, as_text(reason)),
+        actor_uid=_recorded("actor_uid", actor_uid, as_text),
+        chunks_to_embed=_recorded("chunks_to_embed", chunks_to_embed, number),
+        estimated_seconds=_recorded("estimated_seconds", estimated_seconds, number),
+        reason=_recorded("reason", reason, as_text),
         extra=None if extra is None else _checked_extra(extra),
     )
 
 
-def _recorded(argument: str, given: object, recorded: T) -> T:
-    if recorded is None and given is not None:
+def _recorded(argument: str, given: object, read: Callable[[object], T | None]) -> T | None:
+    if given is None:
+        return None
+    recorded = read(given)
+    if recorded is None:
         _warn(f"{argument}={given!r} is of a wrong type or not finite: it is recorded as null")
     return recorded
 

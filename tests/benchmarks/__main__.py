@@ -24,6 +24,7 @@ from .requests import requests
 from .startup import startup
 from .table import show, show_header
 from .threaded import threaded
+from .web import web
 
 PARTS = {
     "free": ("Acquire and release of a free lock", free),
@@ -33,6 +34,7 @@ PARTS = {
     "redis": ("Redis on loopback", on_redis),
     "postgresql": ("PostgreSQL on loopback", on_postgresql),
     "native": ("Async on Redis, 50 tasks at once", natively),
+    "web": ("FastAPI on Redis, 50 clients at once", web),
     "requests": ("Requests on S3, and dollars per million", requests),
     "contention": ("Processes on one SQLite file", contention),
     "growth": ("Many locks", growth),
@@ -40,7 +42,16 @@ PARTS = {
     "command": ("The command", command),
     "leaks": ("Left behind", leaks),
 }
-PACKAGES = ("filelock", "diskcache", "sherlock", "redis", "python-redis-lock", "portalocker")
+PACKAGES = (
+    "filelock",
+    "diskcache",
+    "sherlock",
+    "redis",
+    "python-redis-lock",
+    "pottery",
+    "portalocker",
+    "fastapi",
+)
 
 
 def main() -> None:

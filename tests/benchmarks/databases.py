@@ -9,81 +9,68 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from typing import Any
-
-import pytest
 
 from joblock import acquire_job_lock, aio, release_job_lock
 from tests.servers import postgresql_server, redis_server
 from tests.stream_proxy import stream_proxy
 from tests.support import UID, VAULT, acquired
 
-from .table import Row, microseconds
+from .table import Row, microseconds, where_installed
 from .turns import Case, Turns
 
 TTL_S = 960
 CLIENTS = 50
 
 
-Part = Callable[..., Iterator[Row]]
-
-
-def _where_installed(backend: str) -> Callable[[Part], Part]:
-    """Say in a row what is missing, instead of the part's own."""
-
-    def wrap(part: Part) -> Part:
-        def rows(*, quick: bool) -> Iterator[Row]:
-            try:
-                yield from part(quick=quick)
-            except (ModuleNotFoundError, pytest.skip.Exception) as error:
-                yield Row(backend, "-", f"not installed: {error}")
-
-        return rows
-
-    return wrap
-
-
-@_where_installed("Redis")
+@where_installed("Redis")
 def on_redis(*, quick: bool) -> Iterator[Row]:
-    """Acquire and release, and a refused click, beside two locks for the same client."""
+    """Acquire and release, and a refused click, beside three locks for the same client."""
     with ExitStack() as stack:
         redis: Any = import_module("redis")
         redis_lock: Any = import_module("redis_lock")
+        pottery: Any = import_module("pottery")
         server = stack.enter_context(redis_server("--appendonly", "no"))
         logging.getLogger("redis_lock").addHandler(logging.NullHandler())
         client = stack.enter_context(redis.Redis.from_url(server.url))
         store = import_module("joblock.stores.redis").RedisBlobStore(client)
         lock = client.lock("redis-py", timeout=TTL_S)
         other = redis_lock.Lock(client, "python-redis-lock", expire=TTL_S)
+        redlock = partial(pottery.Redlock, masters={client}, auto_release_time=TTL_S)
+        third = redlock(key="pottery")
         yield from _beside(
             "joblock",
             {
                 "joblock": _cycle(store),
                 "redis-py Lock": _both(lock.acquire, lock.release),
                 "python-redis-lock": _both(other.acquire, other.release),
+                "pottery Redlock": _both(third.acquire, third.release),
             },
             quick,
         )
         acquired(acquire_job_lock(store, UID, "held"))
         held, mine = (client.lock("held", timeout=TTL_S) for _ in range(2))
         theirs, also_mine = (redis_lock.Lock(client, "held", expire=TTL_S) for _ in range(2))
-        held.acquire()
-        theirs.acquire()
+        not_mine, nor_mine = redlock(key="held"), redlock(key="held")
+        for lock in (held, theirs, not_mine):
+            lock.acquire()
         yield from _beside(
             "joblock, refused",
             {
                 "joblock, refused": lambda: acquire_job_lock(store, UID, "held"),
                 "redis-py Lock, refused": lambda: mine.acquire(blocking=False),
                 "python-redis-lock, refused": lambda: also_mine.acquire(blocking=False),
+                "pottery Redlock, refused": lambda: nor_mine.acquire(blocking=False),
             },
             quick,
         )
-        yield from _lost_reply(redis, redis_lock, server.port)
+        yield from _lost_reply(redis, redis_lock, pottery, server.port)
         client.flushall()
 
 
-def _lost_reply(redis: Any, redis_lock: Any, port: int) -> Iterator[Row]:
+def _lost_reply(redis: Any, redis_lock: Any, pottery: Any, port: int) -> Iterator[Row]:
     """What comes of an acquire of a free lock whose reply was lost."""
     with ExitStack() as stack:
         proxy = stack.enter_context(stream_proxy("127.0.0.1", port))
@@ -92,10 +79,12 @@ def _lost_reply(redis: Any, redis_lock: Any, port: int) -> Iterator[Row]:
         store = import_module("joblock.stores.redis").RedisBlobStore(client)
         lock = client.lock("redis-py lost", timeout=TTL_S)
         other = redis_lock.Lock(client, "python-redis-lock lost", expire=TTL_S)
+        third = pottery.Redlock(key="lost", masters={client}, auto_release_time=TTL_S)
         attempts: dict[str, Callable[[], Any]] = {
             "joblock": lambda: bool(acquire_job_lock(store, UID, "lost")),
             "redis-py Lock": lambda: lock.acquire(blocking=False),
             "python-redis-lock": lambda: other.acquire(blocking=False),
+            "pottery Redlock": lambda: third.acquire(blocking=False),
         }
         for name, acquire in attempts.items():
             client.ping()
@@ -107,7 +96,7 @@ def _lost_reply(redis: Any, redis_lock: Any, port: int) -> Iterator[Row]:
             yield Row(f"{name}, the reply was lost", "-", answer)
 
 
-@_where_installed("PostgreSQL")
+@where_installed("PostgreSQL")
 def on_postgresql(*, quick: bool) -> Iterator[Row]:
     """Beside the two bare statements by the same engine, and an advisory lock."""
     with ExitStack() as stack:
@@ -146,7 +135,7 @@ def on_postgresql(*, quick: bool) -> Iterator[Row]:
         yield from _beside("joblock", cases, quick)
 
 
-@_where_installed("Redis")
+@where_installed("Redis")
 def natively(*, quick: bool) -> Iterator[Row]:
     """Acquires and releases per second, of 50 tasks at once, each with a lock of its own."""
     with ExitStack() as stack:

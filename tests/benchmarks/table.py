@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
+
+import pytest
 
 WIDTHS = (44, 12, 64)
 
@@ -12,6 +14,24 @@ class Row(NamedTuple):
     subject: str
     figure: str
     against: str = ""
+
+
+Part = Callable[..., Iterator[Row]]
+
+
+def where_installed(backend: str) -> Callable[[Part], Part]:
+    """Say in a row what is missing, instead of the part's own."""
+
+    def wrap(part: Part) -> Part:
+        def rows(*, quick: bool) -> Iterator[Row]:
+            try:
+                yield from part(quick=quick)
+            except (ModuleNotFoundError, pytest.skip.Exception) as error:
+                yield Row(backend, "-", f"not installed: {error}")
+
+        return rows
+
+    return wrap
 
 
 def show(title: str, rows: Iterable[Row]) -> None:
