@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from joblock import AsyncConditionalBlobStore, Blob, ConditionalBlobStore
+from joblock._store import tells
 from tests.gcs_server import gcs_server
 from tests.servers import (
     AZURITE,
@@ -61,6 +62,8 @@ class FromThreads:
 
     def __init__(self, store: AsyncConditionalBlobStore, loop: asyncio.AbstractEventLoop) -> None:
         self._store, self._loop = store, loop
+        if tells(store):
+            self.set_if_new_or_get = self._set_if_new_or_get
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result()
@@ -79,6 +82,10 @@ class FromThreads:
 
     def set_if_new(self, key: str, value: str) -> str | None:
         return self.run(self._store.set_if_new(key, value))
+
+    def _set_if_new_or_get(self, key: str, value: str) -> str | Blob | None:
+        told: str | Blob | None = self.run(cast(Any, self._store).set_if_new_or_get(key, value))
+        return told
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         return self.run(self._store.set_if_match(key, value, etag))

@@ -40,6 +40,33 @@ class Bytes(MemoryBlobStore):
         return None if blob is None else Blob(str(blob.value).encode(), blob.etag)
 
 
+class Tells(MemoryBlobStore):
+    """Its refusal of a new key says what is there."""
+
+    def set_if_new_or_get(self, key: str, value: str) -> Any:
+        return self.set_if_new(key, value) or self.get_with_etag(key)
+
+
+class TellsAnotherEtag(Tells):
+    def set_if_new_or_get(self, key: str, value: str) -> Any:
+        told = super().set_if_new_or_get(key, value)
+        return Blob(told.value, "another") if isinstance(told, Blob) else told
+
+
+class TellsWhatItWasGiven(Tells):
+    def set_if_new_or_get(self, key: str, value: str) -> Any:
+        told = super().set_if_new_or_get(key, value)
+        return Blob(value, told.etag) if isinstance(told, Blob) else told
+
+
+class TellsAndOverwrites(Tells):
+    def set_if_new_or_get(self, key: str, value: str) -> Any:
+        told = super().set_if_new_or_get(key, value)
+        if isinstance(told, Blob):
+            self.set(key, value)
+        return told
+
+
 class AlwaysCreates(MemoryBlobStore):
     def set_if_new(self, key: str, value: str) -> str | None:
         with self._lock:

@@ -7,7 +7,7 @@ from typing import Any
 
 import joblock
 from joblock import BlobStore, ConditionalBlobStore, aio
-from joblock._store import is_conditional
+from joblock._store import is_conditional, tells
 from joblock._store import run as await_now
 from joblock.testing import ManualClock
 
@@ -103,8 +103,16 @@ class AsyncConditionalView(AsyncView):
         return self.conditional.delete_if_match(key, etag)
 
 
+class AsyncTellingView(AsyncConditionalView):
+    async def set_if_new_or_get(self, key: str, value: str) -> Any:
+        telling: Any = self.store
+        return telling.set_if_new_or_get(key, value)
+
+
 def async_view(store: BlobStore) -> AsyncView:
-    return AsyncConditionalView(store) if is_conditional(store) else AsyncView(store)
+    if not is_conditional(store):
+        return AsyncView(store)
+    return AsyncTellingView(store) if tells(store) else AsyncConditionalView(store)
 
 
 class SyncApi:
@@ -189,6 +197,15 @@ class RecordingStore(joblock.MemoryBlobStore):
     def delete_if_match(self, key: str, etag: str) -> bool:
         self._called("delete_if_match")
         return super().delete_if_match(key, etag)
+
+
+class TellingStore(RecordingStore):
+    """One whose refusal of a new key tells what is there."""
+
+    def set_if_new_or_get(self, key: str, value: str) -> str | joblock.Blob | None:
+        self._called("set_if_new_or_get")
+        etag = joblock.MemoryBlobStore.set_if_new(self, key, value)
+        return etag or joblock.MemoryBlobStore.get_with_etag(self, key)
 
 
 def acquired(result: joblock.Acquired | joblock.Held) -> joblock.Acquired:

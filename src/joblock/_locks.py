@@ -22,6 +22,7 @@ from ._store import (
     BlobStore,
     ConditionalBlobStore,
     blocking,
+    creating,
     is_conditional,
     leaves_null,
     lister,
@@ -326,8 +327,9 @@ class _ConditionalView(_PlainView[ConditionalBlobStore]):
     async def get_with_etag(self, key: str) -> Blob | None:
         return blocking(self._store.get_with_etag(key))
 
-    async def set_if_new(self, key: str, value: str) -> str | None:
-        return blocking(self._store.set_if_new(key, value))
+    async def set_if_new(self, key: str, value: str) -> str | Blob | None:
+        answer: str | Blob | None = creating(self._store)(key, value)
+        return blocking(answer)
 
     async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         return blocking(self._store.set_if_match(key, value, etag))

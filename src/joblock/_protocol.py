@@ -28,11 +28,13 @@ from ._log import debug, warning
 from ._record import JobLockRecord, as_number, epoch_ms
 from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
 from ._store import (
+    TELLING,
     TOMBSTONE,
     AsyncBlobStore,
     AsyncConditionalBlobStore,
     Blob,
     WrongStoreError,
+    creating,
     is_conditional,
 )
 
@@ -109,13 +111,12 @@ async def acquire(
         text = record.to_json()
         writing(record, current)
         if blob is None:
-            etag = _etag("set_if_new", await store.set_if_new(key, text))
+            etag, blob = await _create(store, key, text)
         else:
             etag = _etag("set_if_match", await store.set_if_match(key, text, blob.etag))
-        if etag is None:
-            blob = await _read(store, key)
-            if blob is not None and id_is_new and _is_text(blob.value, text):
-                etag = blob.etag  # the client repeated its request, which was refused by itself
+            blob = await _read(store, key) if etag is None else None
+        if blob is not None and id_is_new and _is_text(blob.value, text):
+            etag = blob.etag  # the client repeated its request, which was refused by itself
         if etag is not None:
             return _acquired(key, job_id, record, etag, current)
         current = JobLockRecord.from_json(blob.value) if blob is not None else None
@@ -419,11 +420,22 @@ async def _read_plain(store: AsyncBlobStore, key: str) -> JobLockRecord | None:
     return JobLockRecord.from_json(text)
 
 
+async def _create(
+    store: AsyncConditionalBlobStore, key: str, text: str
+) -> tuple[str | None, Blob | None]:
+    """Write to a free key: the new etag, or what is there instead, if it still is."""
+    answer = await creating(store)(key, text)
+    if isinstance(answer, Blob):
+        _check_blob(TELLING, answer)
+        return None, answer
+    etag = _etag("set_if_new", answer)
+    return etag, await _read(store, key) if etag is None else None
+
+
 async def _read(store: AsyncConditionalBlobStore, key: str) -> Blob | None:
     blob = await store.get_with_etag(key)
     if blob is not None:
-        _check_value(blob.value)
-        _etag("get_with_etag", blob.etag or False)
+        _check_blob("get_with_etag", blob)
     return blob
 
 
@@ -483,6 +495,11 @@ def _acquired(
 def _released(key: str, job_id: str) -> ReleaseResult:
     debug("job %r released %r", job_id, key)
     return RELEASED
+
+
+def _check_blob(method: str, blob: Blob) -> None:
+    _check_value(blob.value)
+    _etag(method, blob.etag or False)
 
 
 def _check_value(value: object) -> None:

@@ -42,6 +42,7 @@ from ._results import Acquired, Held, Lost, ReleaseResult, Renewed
 from ._store import (
     CONDITIONAL,
     MARK_ASYNC,
+    TELLING,
     AsyncBlobStore,
     Blob,
     BlobStore,
@@ -53,6 +54,7 @@ from ._store import (
     not_sweepable,
     require,
     run,
+    tells,
 )
 from .conformance import Finding
 from .conformance import check_store as _check_store
@@ -925,7 +927,9 @@ class _Threads:
 
 def _methods(store: BlobStore | AsyncBlobStore, needed: tuple[str, ...]) -> tuple[str, ...]:
     require(store, needed)
-    return (*needed, *CONDITIONAL) if is_conditional(store) else needed
+    if not is_conditional(store):
+        return needed
+    return (*needed, *CONDITIONAL, TELLING) if tells(store) else (*needed, *CONDITIONAL)
 
 
 def _require_async(store: AsyncBlobStore, needed: tuple[str, ...]) -> None:

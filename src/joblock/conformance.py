@@ -24,13 +24,16 @@ from typing import TypeVar
 from ._ids import job_lock_key
 from ._record import epoch_ms
 from ._store import (
+    TELLING,
     Blob,
     BlobStore,
     ConditionalBlobStore,
     WrongStoreError,
     blocking,
+    creating,
     is_conditional,
     require,
+    tells,
 )
 from ._value import Value, assign
 
@@ -223,6 +226,7 @@ class _ConditionalProbe(_Probe):
     def __init__(self, store: ConditionalBlobStore, threads: ThreadPoolExecutor) -> None:
         super().__init__(store)
         self._conditional = store
+        self.tells = tells(store)
         self._threads = threads
 
     def get_with_etag(self, key: str) -> tuple[str, str] | None:
@@ -230,6 +234,13 @@ class _ConditionalProbe(_Probe):
 
     def set_if_new(self, key: str, value: str) -> str | None:
         return _etag("set_if_new", _blocking(self._conditional.set_if_new(key, value)))
+
+    def creates(self, key: str, value: str) -> str | tuple[str, str] | None:
+        """As the lock: the new etag or, if it is refused and told, what is there and its etag."""
+        answer = _blocking(creating(self._conditional)(key, value))
+        if isinstance(answer, Blob):
+            return _text_and_etag(answer)
+        return _etag("set_if_new", answer)
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         return _etag("set_if_match", _blocking(self._conditional.set_if_match(key, value, etag)))
@@ -242,8 +253,8 @@ class _ConditionalProbe(_Probe):
 
     def created(self, key: str, value: str) -> str:
         """Write to a free key and return the etag."""
-        etag = self.set_if_new(key, value)
-        if etag is None:
+        etag = self.creates(key, value)
+        if not isinstance(etag, str):
             raise _BrokenRuleError("set_if_new refused a free key: no lock can be taken")
         return etag
 
@@ -439,6 +450,13 @@ def _create_only(probe: _ConditionalProbe) -> str:
             "set_if_new wrote over an existing key: a second job takes a live lock"
         )
     probe.expect(key, text, "a set_if_new that was refused")
+    if probe.tells:
+        told = probe.creates(key, probe.new_text())
+        probe.expect(key, text, f"a {TELLING} that was refused")
+        if told is not None and told != (text, probe.current_etag(key)):
+            raise _BrokenRuleError(
+                f"{TELLING} told {told!r} of a key that has {text!r}: a live lock is not seen"
+            )
     return "set_if_new refuses an existing key"
 
 
@@ -592,7 +610,7 @@ _Contender = tuple[str | None, Callable[[], object]]
 
 def _creation(probe: _ConditionalProbe, key: str) -> _Contender:
     text = probe.new_text()
-    return text, lambda: probe.set_if_new(key, text)
+    return text, lambda: isinstance(probe.creates(key, text), str)
 
 
 def _update(probe: _ConditionalProbe, key: str, etag: str) -> _Contender:

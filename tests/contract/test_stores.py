@@ -204,6 +204,22 @@ def test_keys_are_exact(store: ConditionalBlobStore, key: str) -> None:
     assert text_of(store) == "other"
 
 
+def test_a_refusal_that_tells(store: Any, name: str) -> None:
+    """What is there and its etag, and nothing is written; a free key is written."""
+    if not hasattr(store, "set_if_new_or_get"):
+        pytest.skip("it has no such method")
+    etag = store.set_if_new_or_get(KEY, "x")
+    assert isinstance(etag, str)
+    told = store.set_if_new_or_get(KEY, "y")
+    if name != "dynamodb":  # dynalite does not tell
+        assert (as_text(told.value), told.etag) == ("x", etag)
+    assert text_of(store) == "x"
+    assert etag_of(store) == etag
+    assert store.set_if_match(KEY, "z", etag)
+    answers = at_once(partial(store.set_if_new_or_get, "index-jobs/u/other.json"))
+    assert [isinstance(answer, str) for answer in answers].count(True) == 1
+
+
 def test_set_if_new_writes_only_a_new_key(store: ConditionalBlobStore) -> None:
     """An empty value is a value too."""
     for first in ("x", ""):

@@ -14,7 +14,7 @@ from joblock.conformance import check_store
 from tests.backends import Backends
 from tests.integration.test_one_winner import assert_one_winner_of_forks
 from tests.lossy import lossy
-from tests.support import KEY, UID, VAULT, acquired
+from tests.support import KEY, UID, VAULT, acquired, held
 
 pytest.importorskip("boto3")
 
@@ -82,6 +82,20 @@ def test_a_refusal_that_tells_what_is_there(backends: Backends, own: bool) -> No
         assert len(proxy.requests) == 2
         assert (etag is not None) == own
         assert own == (etag == store.get_with_etag(KEY).etag)
+
+
+def test_a_refused_click_is_one_request(backends: Backends) -> None:
+    """The refusal tells who has the lock; dynalite's does not, so it is written here."""
+    backend, prefix = backends["dynamodb"], backends.new_prefix()
+    with lossy(backend.url, rewrite=True) as proxy, ExitStack() as stack:
+        store = backend.open(stack, prefix, proxy.url)
+        lock = acquired(acquire_job_lock(store, UID, VAULT))
+        item = {"value": {"S": lock.record.to_json()}, "etag": {"S": lock.etag}}
+        body = json.dumps({"__type": REFUSED, "message": "no", "Item": item})
+        proxy.answer(400, body.encode(), {})
+        proxy.requests.clear()
+        assert held(acquire_job_lock(store, UID, VAULT)).existing == lock.record
+        assert len(proxy.requests) == 1
 
 
 def test_one_winner_of_processes(store: Any) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -171,6 +172,30 @@ def test_a_reply_that_is_lost_again_and_again(server: LocalServer, client: Any) 
         lose()
         assert store.set_if_new("new", "x") is not None  # itself, without a look by its caller
         proxy.forget()
+
+
+def test_a_refused_click_is_one_request(server: LocalServer, client: Any) -> None:
+    """Whose answer has the record of the job that runs; so is a free lock, and a release."""
+    with (
+        stream_proxy("127.0.0.1", server.port) as proxy,
+        redis.Redis(host="127.0.0.1", port=proxy.port) as counted,
+    ):
+        store = store_of(counted)
+        with hold_job_lock(store, UID, VAULT):
+            pass  # now the server knows the scripts
+
+        def requests(call: Callable[[], object]) -> int:
+            proxy.requests.clear()
+            assert call() is not None
+            return len(proxy.requests)
+
+        lock = acquired(acquire_job_lock(store, UID, VAULT))
+        release = partial(
+            release_job_lock, store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag
+        )
+        assert requests(lambda: held(acquire_job_lock(store, UID, VAULT))) == 1
+        assert requests(release) == 1
+        assert requests(lambda: acquire_job_lock(store, UID, VAULT)) == 1
 
 
 def test_a_server_that_is_killed_and_started_again(program: str) -> None:

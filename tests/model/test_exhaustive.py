@@ -82,7 +82,7 @@ def test_no_schedule_breaks_a_promise(
     assert_sound(world, world.start(INITIAL[start], clients), states)
 
 
-def acquiring(*, id_is_new: bool) -> Algorithm:
+def acquiring(*, id_is_new: bool, tells: bool = False) -> Algorithm:
     """As with ids that are drawn at random; the checker's own are new, too."""
 
     async def acquire(
@@ -100,7 +100,7 @@ def acquiring(*, id_is_new: bool) -> Algorithm:
             id_is_new=id_is_new,
         )
 
-    return Algorithm(acquire=acquire)
+    return Algorithm(acquire=acquire, tells=tells)
 
 
 REPEATING = Limits(operations=2, ticks=1, faults=1, crashes=0, refused=True)
@@ -116,6 +116,30 @@ def test_a_store_whose_client_repeats_its_requests(start: str) -> None:
     print(f"{searched.schedules} schedules, {searched.states} states, {searched.steps} steps")
     assert searched.found is None, str(searched.found)
     assert searched.states >= 0.9 * REPEATED[start], "the search has gone shallow"
+
+
+TELLING: Searches = [
+    (TWO_WITH_FAULTS, {"no record": 5660, "expired": 14261}),
+    (THREE, {"no record": 165}),
+]
+REPEATING_AND_TELLING = {"no record": 8589, "live": 3160, "expired": 22357}
+
+
+@pytest.mark.parametrize(("clients", "limits", "start", "states"), cases(TELLING, []))
+def test_a_store_whose_refusal_tells_what_is_there(
+    clients: int, limits: Limits, start: str, states: int
+) -> None:
+    """The same, where a refused acquire is one call."""
+    world = World(acquiring(id_is_new=True, tells=True), limits)
+    assert_sound(world, world.start(INITIAL[start], clients), states)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", REPEATING_AND_TELLING)
+def test_a_client_that_repeats_and_tells(start: str) -> None:
+    """Its own record, which the repeated request tells, does not refuse it."""
+    world = World(acquiring(id_is_new=True, tells=True), REPEATING)
+    assert_sound(world, world.start(INITIAL[start], 2), REPEATING_AND_TELLING[start])
 
 
 def test_a_lock_that_is_refused_by_its_own_record_is_caught() -> None:

@@ -78,6 +78,7 @@ class Algorithm:
     undo: Callable[..., Awaitable[object]] = _protocol.undo
     sweep: Callable[..., Awaitable[Blob | None]] = _protocol.sweep
     etags_repeat: bool = False
+    tells: bool = False  # the store's refusal of a new key says what is there
 
 
 class Limits(NamedTuple):
@@ -201,7 +202,12 @@ class _Store:
         return await _Suspend(Call("delete_if_match", "", etag))  # type: ignore[no-any-return]
 
 
-STORE = _Store()
+class _TellingStore(_Store):
+    async def set_if_new_or_get(self, _key: str, value: str) -> str | Blob | None:
+        return await _Suspend(Call("set_if_new_or_get", value))  # type: ignore[no-any-return]
+
+
+STORE, TELLING_STORE = _Store(), _TellingStore()
 
 
 class World:
@@ -345,6 +351,8 @@ class World:
             return self._with(state, client._replace(reply=reply, moved_at=state.now)), story
         if what == REFUSED and reply.kind in ("etag", "bool"):
             no = Reply("none" if reply.kind == "etag" else "bool")
+            if call.verb == "set_if_new_or_get" and stored:
+                no = Reply("blob", *stored)
             refused = client._replace(reply=no, moved_at=state.now)
             after = self._with(state, refused, faults=state.faults + 1)
             return after, f"{story}, but repeated and refused"
@@ -460,8 +468,9 @@ class World:
         algorithm = self.algorithm
         awaitable: Any
         if op.kind == "acquire":
+            store = TELLING_STORE if algorithm.tells else STORE
             awaitable = algorithm.acquire(
-                STORE, UID, VAULT, ttl_ms=TTL, clock=clock, uuid_factory=lambda: op.job
+                store, UID, VAULT, ttl_ms=TTL, clock=clock, uuid_factory=lambda: op.job
             )
         elif op.kind == "release":
             awaitable = algorithm.release(
@@ -604,6 +613,9 @@ def apply(stored: Stored, call: Call, etags_repeat: bool, new: str) -> tuple[Sto
             return None, none
         case "set_if_new":
             return (stored, none) if stored else ((call.value, new), written)
+        case "set_if_new_or_get":
+            blob = Reply("blob", *stored) if stored else none
+            return (stored, blob) if stored else ((call.value, new), written)
         case "set_if_match":
             return ((call.value, new), written) if current == call.etag else (stored, none)
         case _:

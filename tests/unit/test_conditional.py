@@ -9,10 +9,23 @@ from typing import Any
 import pytest
 
 import joblock
-from joblock import Acquired, Held, JobLockRecord, Lost, ReleaseResult, Renewed
-from tests.support import KEY, UID, VAULT, Api, Clock, RecordingStore, acquired, held
+from joblock import Acquired, Blob, Held, JobLockRecord, Lost, ReleaseResult, Renewed, aio
+from tests.support import (
+    KEY,
+    UID,
+    VAULT,
+    Api,
+    AsyncConditionalView,
+    Clock,
+    RecordingStore,
+    TellingStore,
+    acquired,
+    await_now,
+    held,
+)
 
 TTL = 1000
+WRONG: Any = ({}, "etag")  # a column that is parsed
 
 
 @pytest.fixture
@@ -359,6 +372,112 @@ class TestRenew:
             store.set(KEY, left)
         assert api.renew(store, UID, VAULT, expected_job_id="a") == Lost("lock_already_gone", None)
         assert store.get(KEY) == left
+
+
+class TestARefusalThatTellsWhatIsThere:
+    """A store may say it with its refusal; what is decided is the same."""
+
+    def test_a_free_lock_is_acquired_with_one_request(self, take: Take) -> None:
+        store = TellingStore()
+        won = acquired(take(store, "a"))
+        assert store.calls == ["set_if_new_or_get"]
+        blob = store.get_with_etag(KEY)
+        assert blob is not None
+        assert (blob.value, blob.etag) == (won.record.to_json(), won.etag)
+
+    def test_a_live_lock_is_held_with_one_request(self, take: Take) -> None:
+        store = TellingStore()
+        first = acquired(take(store, "a"))
+        store.calls.clear()
+        assert held(take(store, "b")).existing == first.record
+        assert store.calls == ["set_if_new_or_get"]
+
+    def test_an_expired_lock_is_taken_over(self, take: Take, clock: Clock) -> None:
+        """With the etag that it told, which must still be the current one."""
+        store = TellingStore()
+        first = acquired(take(store, "a"))
+        clock.advance(TTL)
+        store.calls.clear()
+        second = acquired(take(store, "b"))
+        assert store.calls == ["set_if_new_or_get", "set_if_match"]
+        assert second.took_over == first.record
+        clock.advance(TTL)
+        store.once_before("set_if_match", lambda: take(store, "c"))
+        assert held(take(store, "d")).existing.job_id == "c"
+
+    def test_one_that_cannot_tell_is_asked(self, take: Take) -> None:
+        class Silent(TellingStore):
+            def set_if_new_or_get(self, key: str, value: str) -> str | Blob | None:
+                told = super().set_if_new_or_get(key, value)
+                return None if isinstance(told, Blob) else told
+
+        store = Silent()
+        first = acquired(take(store, "a"))
+        store.calls.clear()
+        assert held(take(store, "b")).existing == first.record
+        assert store.calls == ["set_if_new_or_get", "get_with_etag"]
+
+    def test_its_own_record_is_no_other_s(self, api: Api) -> None:
+        """The client repeated the request by itself."""
+
+        class Repeats(TellingStore):
+            def set_if_new_or_get(self, key: str, value: str) -> str | Blob | None:
+                super().set_if_new_or_get(key, value)
+                return super().set_if_new_or_get(key, value)
+
+        store = Repeats()
+        won = acquired(api.acquire(store, UID, VAULT))
+        assert api.release(store, UID, VAULT, expected_job_id=won.job_id, etag=won.etag)
+        assert store.calls == ["set_if_new_or_get", "set_if_new_or_get", "delete_if_match"]
+
+    @pytest.mark.parametrize("answer", [True, "", 1, Blob("{}", ""), Blob(*WRONG)])
+    def test_a_wrong_answer_is_an_error(self, take: Take, answer: Any) -> None:
+        """It must not let everybody win."""
+
+        class Wrong(TellingStore):
+            def set_if_new_or_get(self, key: str, value: str) -> Any:
+                return answer
+
+        with pytest.raises(TypeError, match="must return"):
+            take(Wrong(), "a")
+
+    def test_of_an_async_store_it_is_async(self) -> None:
+        class Half(AsyncConditionalView):
+            def set_if_new_or_get(self, key: str, value: str) -> str | None:
+                return self.conditional.set_if_new(key, value)
+
+        store = TellingStore()
+        with pytest.raises(TypeError, match="Half.set_if_new_or_get is not `async def`"):
+            await_now(aio.acquire_job_lock(Half(store), UID, VAULT))
+        assert store.calls == []
+
+    def test_what_overrides_set_if_new_alone_is_not_passed_by(self, take: Take) -> None:
+        """Nor is a wrapper that hands on what it does not know: both may have other keys."""
+
+        class Elsewhere(TellingStore):
+            def set_if_new(self, key: str, value: str) -> str | None:
+                return super().set_if_new(f"other/{key}", value)
+
+        class Wrapper:
+            def __init__(self, store: TellingStore) -> None:
+                self._store = store
+                self.get, self.set, self.delete = store.get, store.set, store.delete
+                self.get_with_etag, self.set_if_match = store.get_with_etag, store.set_if_match
+                self.delete_if_match = store.delete_if_match
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._store, name)
+
+            def set_if_new(self, key: str, value: str) -> str | None:
+                return self._store.set_if_new(f"other/{key}", value)
+
+        store = Elsewhere()
+        assert take(store, "a")
+        assert list(store) == [f"other/{KEY}"]
+        inner = TellingStore()
+        wrapped: Any = Wrapper(inner)
+        assert take(wrapped, "a")
+        assert list(inner) == [f"other/{KEY}"]
 
 
 def test_the_defaults_are_a_random_uuid_and_the_wall_clock(store: RecordingStore, api: Api) -> None:

@@ -65,10 +65,20 @@ from tests.broken_stores import (
     ReadsValueThenEtag,
     RefusesWithAnEmptyEtag,
     RemembersThatThereWasNoKey,
+    Tells,
+    TellsAndOverwrites,
+    TellsAnotherEtag,
+    TellsWhatItWasGiven,
     Tombstones,
     WritesThoughItRefuses,
 )
-from tests.support import AsyncConditionalView, AsyncView, PlainStore, RecordingStore
+from tests.support import (
+    AsyncConditionalView,
+    AsyncTellingView,
+    AsyncView,
+    PlainStore,
+    RecordingStore,
+)
 
 PLAIN = [
     "conditional-writes",
@@ -96,7 +106,7 @@ def failing(findings: list[Finding]) -> dict[str, str]:
 # Good stores, of each kind that ships or is described.
 
 
-@pytest.mark.parametrize("good", [MemoryBlobStore, Tombstones, ContentHashes, Bytes])
+@pytest.mark.parametrize("good", [MemoryBlobStore, Tombstones, ContentHashes, Bytes, Tells])
 def test_a_good_store_passes_every_check(good: type[MemoryBlobStore]) -> None:
     """In a fixed order, and nothing is left behind."""
     store = good()
@@ -140,6 +150,9 @@ Broken = Callable[[], MemoryBlobStore]
 BREAKAGES: list[tuple[Broken, set[str]]] = [
     (AlwaysCreates, {"create-only", "one-create"}),
     (NeverCreates, CREATING),
+    (TellsAnotherEtag, {"create-only"}),
+    (TellsWhatItWasGiven, {"create-only"}),
+    (TellsAndOverwrites, {"create-only", "one-create"}),
     (CreatesThoughItRefuses, {"create-only", "one-create"}),
     (OnlySaysThatItCreated, {"create-only", "one-create"}),
     (RefusesWithAnEmptyEtag, {"create-only", "one-create"}),
@@ -221,6 +234,8 @@ def test_every_check_fails_for_some_store() -> None:
         (ReadsAnotherEtag, "if-match", "the current etag, which get_with_etag gave"),
         (CreatesWithTrue, "create-only", "set_if_new gave a value of type bool, not an etag"),
         (RefusesWithAnEmptyEtag, "create-only", "set_if_new gave an empty etag"),
+        (TellsAnotherEtag, "create-only", "a live lock is not seen"),
+        (TellsAndOverwrites, "create-only", "after a set_if_new_or_get that was refused"),
         (DeletesWithNone, "conditional-delete", "a value of type NoneType, not a bool"),
         (NeverDeletes, "conditional-delete", "refused the current etag: no lock can be released"),
         (DeletesForEver, "conditional-delete", "the key cannot be written again"),
@@ -705,3 +720,10 @@ def test_an_async_store() -> None:
     assert list(plain) == [it.check for it in check_store(PlainStore())]
     with pytest.raises(TypeError, match="is not `async def`"):
         asyncio.run(checked(MemoryBlobStore()))  # type: ignore[arg-type] # pyright: ignore
+
+
+def test_what_an_async_store_tells_is_checked() -> None:
+    """As the lock will believe it."""
+    lies = asyncio.run(aio.check_store(AsyncTellingView(TellsAnotherEtag())))
+    assert set(failing(lies)) == {"create-only"}
+    assert failing(asyncio.run(aio.check_store(AsyncTellingView(Tells())))) == {}

@@ -81,6 +81,11 @@ def dated(date: object) -> tuple[float, float] | None:
     return second_ms, second_ms + 999
 
 
+def etag_alone(answer: str | Blob | None) -> str | None:
+    """Make `set_if_new`'s answer of that of `set_if_new_or_get`."""
+    return answer if isinstance(answer, str) else None
+
+
 class DoubtfulRefusal(Exception):  # noqa: N818 - it is caught here, always
     """The client repeated a request by itself, and then it was refused."""
 
@@ -142,15 +147,15 @@ class Retry:
         return pause_s * random.uniform(0.5, 1)  # noqa: S311 - clients must not go in step
 
     def write(
-        self, send: Callable[[], str | None], read: Callable[[], Blob | None], value: str
-    ) -> str | None:
-        """Return the etag of what `send` wrote, or None if the write was refused."""
-        etag, again = self.ask(send)
-        if etag is None and again:
+        self, send: Callable[[], T | None], read: Callable[[], Blob | None], value: str
+    ) -> T | str | None:
+        """Return what `send` does, the etag of what it wrote, or None if it was refused."""
+        answer, again = self.ask(send)
+        if answer is None and again:
             blob = read()
             if blob is not None and blob.value == value.encode():
                 return blob.etag
-        return etag
+        return answer
 
     def delete(self, send: Callable[[], bool], read: Callable[[], Blob | None]) -> bool:
         """Return whether `send` removed the key: one that is gone by now, it did."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from .._store import Blob
 from ._etag import is_ours, new_etag
-from ._remote import CutReplyError, DoubtfulRefusal, Pool, bounded, dated, missing
+from ._remote import CutReplyError, DoubtfulRefusal, Pool, bounded, dated, etag_alone, missing
 
 try:
     from botocore.exceptions import ClientError
@@ -76,17 +76,21 @@ class DynamoBlobStore:
         read = partial(self._ask, "get_item", Key=_key(key), ConsistentRead=True)
         answer, _ = _RETRY.ask(read)
         item = (answer or {}).get("Item")
-        return None if item is None else Blob(item["value"]["S"].encode(), item["etag"]["S"])
+        return None if item is None else _blob(item)
 
     def set_if_new(self, key: str, value: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if the key exists."""
+        return etag_alone(self.set_if_new_or_get(key, value))
+
+    def set_if_new_or_get(self, key: str, value: str) -> str | Blob | None:
+        """As `set_if_new`, but where it writes nothing it returns what the refusal tells."""
         condition = {"ConditionExpression": "attribute_not_exists(#key)"}
         names = {"ExpressionAttributeNames": {"#key": "key"}}
         return self._put(key, value, condition | names)
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
-        return self._put(key, value, _is_current(etag)) if is_ours(etag) else None
+        return etag_alone(self._put(key, value, _is_current(etag))) if is_ours(etag) else None
 
     def delete_if_match(self, key: str, etag: str) -> bool:
         """Remove the key and return True; False, and nothing removed, if `etag` is not current."""
@@ -129,21 +133,21 @@ class DynamoBlobStore:
         answer = self._ask("get_item", Key=_key(key))
         return dated(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))
 
-    def _put(self, key: str, value: str, condition: dict[str, Any]) -> str | None:
+    def _put(self, key: str, value: str, condition: dict[str, Any]) -> str | Blob | None:
         etag = new_etag()
         item = {**_key(key), "value": {"S": value}, "etag": {"S": etag}}
         # A refusal tells what is there: what this very request has written, if it was repeated.
         told = {"ReturnValuesOnConditionCheckFailure": "ALL_OLD"} if condition else {}
 
-        def send() -> str | None:
+        def send() -> str | Blob | None:
             try:
                 self._ask("put_item", Item=item, **condition, **told)
             except ClientError as error:
                 _raise_unless_refused(error)
-                found: Any = error.response.get("Item", {})
-                if found.get("etag") == item["etag"]:
-                    return etag
-                if _aws.reply(error)[2] > 0 and not found:  # not every emulator tells
+                found: Any = error.response.get("Item")
+                if found:
+                    return etag if found["etag"] == item["etag"] else _blob(found)
+                if _aws.reply(error)[2] > 0:  # not every emulator tells
                     raise DoubtfulRefusal from error
                 return None
             return etag
@@ -169,6 +173,10 @@ def connect(table: str) -> DynamoBlobStore:
 
 def _key(key: str) -> dict[str, Any]:
     return {"key": {"S": bounded(key, _LONGEST_KEY)}}
+
+
+def _blob(item: Any) -> Blob:
+    return Blob(item["value"]["S"].encode(), item["etag"]["S"])
 
 
 def _is_current(etag: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from .._store import Blob
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Retry, missing
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Retry, etag_alone, missing
 
 try:
     from redis import Redis
@@ -53,7 +53,7 @@ end
 """
 _SET_IF_NEW = _Script(f"""{_CURRENT}
 if current == ARGV[1] then return 1 end
-if current then return 0 end
+if current then return current end
 redis.call('SET', KEYS[1], ARGV[1])
 return 1
 """)
@@ -113,7 +113,11 @@ class RedisBlobStore:
 
         If it exists with this very value, that was written by this call.
         """
-        return _written(self._run(_SET_IF_NEW, key, value), value)
+        return etag_alone(self.set_if_new_or_get(key, value))
+
+    def set_if_new_or_get(self, key: str, value: str) -> str | Blob:
+        """As `set_if_new`, but where it writes nothing it returns what is there."""
+        return _created(self._run(_SET_IF_NEW, key, value), value)
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
@@ -181,7 +185,11 @@ class AsyncRedisBlobStore:
 
     async def set_if_new(self, key: str, value: str) -> str | None:
         """As `RedisBlobStore.set_if_new`."""
-        return _written(await self._run(_SET_IF_NEW, key, value), value)
+        return etag_alone(await self.set_if_new_or_get(key, value))
+
+    async def set_if_new_or_get(self, key: str, value: str) -> str | Blob:
+        """As `RedisBlobStore.set_if_new_or_get`."""
+        return _created(await self._run(_SET_IF_NEW, key, value), value)
 
     async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """As `RedisBlobStore.set_if_match`."""
@@ -250,6 +258,10 @@ def _value(answer: bytes | None) -> bytes | None:
 def _blob(answer: bytes | None) -> Blob | None:
     value = _value(answer)
     return None if value is None else Blob(value, _etag(value))
+
+
+def _created(answer: int | bytes, value: str) -> str | Blob:
+    return Blob(answer, _etag(answer)) if isinstance(answer, bytes) else _etag(value.encode())
 
 
 def _written(answer: int, value: str) -> str | None:
