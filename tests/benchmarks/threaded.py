@@ -4,54 +4,68 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing
+from collections import defaultdict
+from collections.abc import Awaitable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TypeVar
 
 from joblock import acquire_job_lock, aio, release_job_lock
 from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import UID, VAULT, acquired
 
 from .table import Row, microseconds
-from .turns import Case, Turns
 
-THREADED = "joblock.aio, ThreadedBlobStore on SQLite"
-BY_HAND, EMPTY = "asyncio.to_thread(acquire and release)", "two empty asyncio.to_thread"
+T = TypeVar("T")
+
+EMPTY = "an empty asyncio.to_thread"
+ACQUIRE, RELEASE = "ThreadedBlobStore on SQLite, acquire", "ThreadedBlobStore on SQLite, release"
+BY_HAND = "asyncio.to_thread(acquire_job_lock)"
 
 
 def threaded(*, quick: bool) -> Iterator[Row]:
-    """Acquire and release of a free lock, from an event loop."""
+    """Acquire and release of a free lock, from an event loop, one call of each kind in turn."""
     with (
         tempfile.TemporaryDirectory() as folder,
         SqliteBlobStore(Path(folder, "jobs.db")) as store,
-        closing(asyncio.new_event_loop()) as loop,
     ):
-        wrapped = aio.ThreadedBlobStore(store)
+        rounds = asyncio.run(_rounds(store, quick))
+    for name in (ACQUIRE, RELEASE, BY_HAND, EMPTY):
+        ratio = median(it[name] / it[EMPTY] for it in rounds)
+        against = "" if name == EMPTY else f"{ratio:.2f} x {EMPTY}"
+        yield Row(name, microseconds(median(it[name] for it in rounds)), against)
 
-        async def cycle() -> None:
-            won = acquired(await aio.acquire_job_lock(wrapped, UID, VAULT))
-            release = partial(aio.release_job_lock, wrapped, UID, VAULT, etag=won.etag)
-            await release(expected_job_id=won.job_id)
 
-        async def by_hand() -> None:
-            won = acquired(await asyncio.to_thread(acquire_job_lock, store, UID, VAULT))
-            release = partial(release_job_lock, store, UID, VAULT, etag=won.etag)
-            await asyncio.to_thread(release, expected_job_id=won.job_id)
-
-        async def empty() -> None:
-            await asyncio.to_thread(int)
-            await asyncio.to_thread(int)
-
-        def case(work: Callable[[], Awaitable[None]]) -> Case:
-            return lambda: loop.run_until_complete(work())
-
-        cases = {THREADED: case(cycle), BY_HAND: case(by_hand), EMPTY: case(empty)}
-        turns = Turns(cases, quick=quick)
-        for name in cases:
-            against = [
-                f"{turns.ratio(name, other):.2f} x {other}" for other in cases if other != name
-            ]
-            yield Row(name, microseconds(turns.median(name)), ", ".join(against))
+async def _rounds(store: SqliteBlobStore, quick: bool) -> list[dict[str, float]]:
+    wrapped = aio.ThreadedBlobStore(store)
+    calls = 20 if quick else 400
+    try:
+        return [await _round(store, wrapped, calls) for _ in range(3 if quick else 15)]
+    finally:
         wrapped.close()
-        loop.run_until_complete(loop.shutdown_default_executor())
+
+
+async def _round(
+    store: SqliteBlobStore, wrapped: aio.ThreadedBlobStore, calls: int
+) -> dict[str, float]:
+    """Seconds for each kind of call."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+
+    async def timed(name: str, call: Awaitable[T]) -> T:
+        begun = perf_counter()
+        answer = await call
+        seconds[name] += (perf_counter() - begun) / calls
+        return answer
+
+    for _ in range(calls):
+        lock = acquired(await timed(ACQUIRE, aio.acquire_job_lock(wrapped, UID, VAULT)))
+        release = partial(aio.release_job_lock, wrapped, UID, VAULT, expected_job_id=lock.job_id)
+        await timed(RELEASE, release(etag=lock.etag))
+        await timed(EMPTY, asyncio.to_thread(int))
+        lock = acquired(
+            await timed(BY_HAND, asyncio.to_thread(acquire_job_lock, store, UID, VAULT))
+        )
+        release_job_lock(store, UID, VAULT, expected_job_id=lock.job_id, etag=lock.etag)
+    return dict(seconds)
