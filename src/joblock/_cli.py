@@ -399,7 +399,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_duration,
         default="2m",
         metavar="TIME",
-        help="after how long to begin no further check (default: 2m)",
+        help="after how long to give up, and clean up for 5s at most (default: 2m)",
     )
     doctor.add_argument(
         "--clock-skew",

@@ -598,12 +598,19 @@ async def check_store(
 ) -> list[Finding]:
     """As `joblock.conformance.check_store`, of an async store, under asyncio.
 
-    A call that is cancelled goes on in a thread until its check under way has ended.
+    A call that is cancelled goes on in a thread until its time is over, or it has ended. One that
+    returned because the store did not answer deletes no key later.
     """
     loop = asyncio.get_running_loop()
+    left_behind: list[bool] = []  # true once nobody waits any more for a call that hangs
 
     def calling(method: Callable[..., Coroutine[Any, Any, object]]) -> Callable[..., object]:
-        return lambda *args: asyncio.run_coroutine_threadsafe(method(*args), loop).result()
+        def call(*args: object) -> object:
+            if left_behind:
+                raise RuntimeError("the check is over, and its event loop may be closed")
+            return asyncio.run_coroutine_threadsafe(method(*args), loop).result()
+
+        return call
 
     _require_async(store, _EVERY_STORE)
     more = [name for name in ("cautions", "server_time_ms") if hasattr(store, name)]
@@ -611,7 +618,9 @@ async def check_store(
     methods = {name: calling(getattr(store, name)) for name in names}
     called: Any = SimpleNamespace(**methods)
     check = partial(_check_store, called, timeout_s=timeout_s, clock_skew_ms=clock_skew_ms)
-    return await asyncio.to_thread(check)
+    findings = await asyncio.to_thread(check)
+    left_behind.append(True)
+    return findings
 
 
 _EVERY_STORE = ("get", "set", "delete")

@@ -11,15 +11,16 @@ A good answer is evidence, not proof: a race may go well by chance.
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import json
 import threading
-import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 from ._ids import job_lock_key
 from ._record import epoch_ms
@@ -41,6 +42,7 @@ __all__ = ["Finding", "check_store"]
 
 _CONTENDERS = 8  # fewer than the ten connections that boto3's client and others keep
 _RACES = 3
+_CLEANING_UP_S = 5.0
 
 
 class Finding(Value):
@@ -65,6 +67,9 @@ class Finding(Value):
         return self.ok
 
 
+_Checks: TypeAlias = dict[str, Callable[[], Finding]]
+
+
 def check_store(
     store: BlobStore, *, timeout_s: float = 120, clock_skew_ms: float = 1000
 ) -> list[Finding]:
@@ -84,8 +89,11 @@ def check_store(
     permissions that the lock needs and no others; locks are not touched. Every key is deleted at
     the end, whatever happened; one that may be left is named in "clean-up".
 
-    If the store does not answer the first of them, or `timeout_s` seconds are over after one, the
-    others are not tried, which their findings say. A call that hangs is not ended by it.
+    If the store does not answer the first of them, or `timeout_s` seconds are over, the others are
+    not tried, which their findings say. It returns at the latest after as long again, 5 seconds at
+    most, in which the keys are deleted. A call that hangs then goes on in the background.
+
+    The store is called from other threads, in a copy of the caller's context variables.
 
     Raises:
         TypeError: this is no store, or has only some of the conditional methods, or is async:
@@ -93,12 +101,17 @@ def check_store(
     """
     require(store, ("get", "set", "delete"))
     if is_conditional(store):
-        with ThreadPoolExecutor(_CONTENDERS) as threads:
-            probe = _ConditionalProbe(store, threads)
-            checks = {**_PLAIN_CHECKS, **_CONDITIONAL_CHECKS}
-            findings = [_CONDITIONAL, *_findings(probe, checks, timeout_s)]
-            return [*findings, *_clock(probe, store, clock_skew_ms), *_settings(store)]
-    return [_NOT_CONDITIONAL, *_findings(_Probe(store), _PLAIN_CHECKS, timeout_s)]
+        probe = _ConditionalProbe(store)
+        checks = {
+            "conditional-writes": lambda: _CONDITIONAL,
+            **_bound(_PLAIN_CHECKS, probe),
+            **_bound(_CONDITIONAL_CHECKS, probe),
+        }
+        server = _clock(probe, store, clock_skew_ms) | _settings(store)
+        return _Checking(probe, checks, server).findings(timeout_s)
+    plain = _Probe(store)
+    checks = {"conditional-writes": lambda: _NOT_CONDITIONAL, **_bound(_PLAIN_CHECKS, plain)}
+    return _Checking(plain, checks, {}).findings(timeout_s)
 
 
 _CONDITIONAL = Finding(True, "conditional-writes", "the store has the four conditional methods")
@@ -110,48 +123,50 @@ _NOT_CONDITIONAL = Finding(
 )
 
 
-def _settings(store: ConditionalBlobStore) -> list[Finding]:
+def _settings(store: ConditionalBlobStore) -> _Checks:
     cautions: Callable[[], list[str]] | None = getattr(store, "cautions", None)
     if cautions is None:
-        return []
-    try:
+        return {}
+
+    def check() -> Finding:
         texts = [f"warning: {text}" for text in cautions()] or ["none endangers a lock"]
-    except Exception as error:
-        texts = [f"not known: {_said(error)}"]
-    return [Finding(True, "settings", text) for text in texts]
+        return Finding(True, "settings", "; ".join(texts))
+
+    return {"settings": check}
 
 
-def _clock(
-    probe: _ConditionalProbe, store: ConditionalBlobStore, clock_skew_ms: float
-) -> list[Finding]:
+def _clock(probe: _ConditionalProbe, store: ConditionalBlobStore, clock_skew_ms: float) -> _Checks:
     server_time_ms: Callable[[str], tuple[float, float] | None] | None
     server_time_ms = getattr(store, "server_time_ms", None)
     if server_time_ms is None:
-        return []
-    try:
+        return {}
+
+    def check() -> Finding:
         before = epoch_ms()
         told = server_time_ms(probe.new_key())
-        after = epoch_ms()
-    except Exception as error:
-        return [Finding(True, "clock", f"not known: {_said(error)}")]
+        return _compared(told, before, epoch_ms(), clock_skew_ms)
+
+    return {"clock": check}
+
+
+def _compared(
+    told: tuple[float, float] | None, before: float, after: float, clock_skew_ms: float
+) -> Finding:
     if told is None:
-        return [Finding(True, "clock", "the server does not tell its time")]
+        return Finding(True, "clock", "the server does not tell its time")
     # The server read its clock at some moment between the two readings of this host's.
     behind, ahead = after - told[0], told[1] - before
     least = max(-behind, -ahead, 0)
     if least <= clock_skew_ms:
         most = max(behind, ahead) / 1000
-        return [Finding(True, "clock", f"this host's clock is within {most:.1f} s of the server's")]
+        return Finding(True, "clock", f"this host's clock is within {most:.1f} s of the server's")
     which = "behind" if ahead > behind else "ahead of"
-    return [
-        Finding(
-            False,
-            "clock",
-            f"this host's clock is {least / 1000:.1f} s or more {which} the server's: two hosts "
-            "may not agree whether a lock has expired; set the clock, or pass clock_skew_ms to "
-            "acquire",
-        )
-    ]
+    return Finding(
+        False,
+        "clock",
+        f"this host's clock is {least / 1000:.1f} s or more {which} the server's: two hosts may "
+        "not agree whether a lock has expired; set the clock, or pass clock_skew_ms to acquire",
+    )
 
 
 class _BrokenRuleError(Exception):
@@ -204,6 +219,10 @@ class _Probe:
             return False
         return True
 
+    def left(self, why: str) -> Finding:
+        """Say which keys may be left, as far as nobody could look."""
+        return Finding(False, "clean-up", f"{why}; to be deleted by hand: {', '.join(self._keys)}")
+
     def clean_up(self, untried: str) -> Finding:
         left: dict[str, str] = {}
         for key in self._keys:
@@ -223,11 +242,10 @@ class _Probe:
 
 
 class _ConditionalProbe(_Probe):
-    def __init__(self, store: ConditionalBlobStore, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, store: ConditionalBlobStore) -> None:
         super().__init__(store)
         self._conditional = store
         self.tells = tells(store)
-        self._threads = threads
 
     def get_with_etag(self, key: str) -> tuple[str, str] | None:
         return _text_and_etag(_blocking(self._conditional.get_with_etag(key)))
@@ -277,47 +295,106 @@ class _ConditionalProbe(_Probe):
     def at_once(self, calls: Sequence[Callable[[], object]]) -> list[Future[object]]:
         """Make the calls, each in a thread of its own, and wait for their answers."""
         barrier = threading.Barrier(len(calls), timeout=60)
+        answers: list[Future[object]] = [Future() for _ in calls]
 
-        def wait_and_call(call: Callable[[], object]) -> object:
-            barrier.wait()
-            return call()
+        def wait_and_call(call: Callable[[], object], answer: Future[object]) -> None:
+            try:
+                barrier.wait()
+                answer.set_result(call())
+            except BaseException as error:
+                answer.set_exception(error)
 
-        answers = [self._threads.submit(wait_and_call, call) for call in calls]
+        for call, answer in zip(calls, answers, strict=True):
+            _start("joblock race", partial(wait_and_call, call, answer))
         wait(answers)
         return answers
+
+
+class _Checking:
+    """The checks under way, in a thread of their own, which is left behind if a call hangs."""
+
+    def __init__(self, probe: _Probe, checks: _Checks, server: _Checks) -> None:
+        self._probe = probe
+        self._checks = checks
+        self._server = server  # what is asked of it at the end, and is no promise of the store's
+        self._found: dict[str, Finding] = {}  # written by that thread, and read by the caller
+        self._over = threading.Event()
+        self._going_on = threading.Lock()  # `Thread.join` forgets the thread if it is interrupted
+        self._untried = ""  # why no further check is tried, if none is
+        self._raised: BaseException | None = None
+
+    def findings(self, timeout_s: float) -> list[Finding]:
+        over = f"not tried, since {timeout_s:g} seconds are over"
+        ended = False
+        self._going_on.acquire()
+        _start("joblock check", partial(self._work, over))
+        try:
+            ended = self._going_on.acquire(timeout=timeout_s)
+        finally:
+            self._over.set()
+            if not ended:
+                self._going_on.acquire(timeout=min(timeout_s, _CLEANING_UP_S))
+        if self._raised is not None:
+            raise self._raised
+        found, late = dict(self._found), f"no answer within {timeout_s:g} seconds"
+        for name in self._checks:
+            if name not in found:
+                found[name], late = Finding(False, name, late), over
+        found.setdefault("clean-up", self._probe.left("the store does not answer"))
+        for name in self._server:
+            found.setdefault(name, Finding(True, name, f"not known: {over}"))
+        return [found[name] for name in (*self._checks, "clean-up", *self._server)]
+
+    def _work(self, over: str) -> None:
+        try:
+            try:
+                self._check(over)
+            finally:
+                self._found["clean-up"] = self._probe.clean_up(self._untried)
+            for name, check in self._server.items():
+                untold = Finding(True, name, f"not known: {self._untried}")
+                self._found[name] = untold if self._untried else _finding(name, True, check)
+        except BaseException as error:
+            self._raised = error
+        finally:
+            self._going_on.release()
+
+    def _check(self, over: str) -> None:
+        for name, check in self._checks.items():
+            if self._over.is_set() and not self._untried:
+                self._untried = over
+            untried = Finding(False, name, self._untried)
+            self._found[name] = untried if self._untried else _finding(name, False, check)
+            if name == _FIRST and not self._found[name] and not self._probe.answers():
+                self._untried = "not tried, since the store did not answer"
+
+
+def _start(name: str, work: Callable[[], object]) -> threading.Thread:
+    """Start a thread that keeps no process from its end."""
+    run = partial(contextvars.copy_context().run, work)
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _finding(name: str, ok: bool, check: Callable[[], Finding]) -> Finding:
+    """What was found; `ok` if it is no fault of the store's that nothing was."""
+    try:
+        return check()
+    except WrongStoreError:
+        raise
+    except Exception as error:
+        return Finding(ok, name, f"not known: {_said(error)}" if ok else _said(error))
 
 
 _P = TypeVar("_P", bound=_Probe)
 
 
-def _findings(
-    probe: _P, checks: Mapping[str, Callable[[_P], str]], timeout_s: float
-) -> list[Finding]:
-    findings: list[Finding] = []
-    over = time.monotonic() + timeout_s
-    untried = ""
-    try:
-        for name, check in checks.items():
-            if untried:
-                findings.append(Finding(False, name, untried))
-                continue
-            findings.append(_finding(name, check, probe))
-            if len(findings) == 1 and not findings[0] and not probe.answers():
-                untried = "not tried, since the store did not answer"
-            elif time.monotonic() >= over:
-                untried = f"not tried, since {timeout_s:g} seconds are over"
-    finally:
-        cleaned_up = probe.clean_up(untried)
-    return [*findings, cleaned_up]
-
-
-def _finding(name: str, check: Callable[[_P], str], probe: _P) -> Finding:
-    try:
+def _bound(checks: Mapping[str, Callable[[_P], str]], probe: _P) -> _Checks:
+    def finding(name: str, check: Callable[[_P], str]) -> Finding:
         return Finding(True, name, check(probe))
-    except WrongStoreError:
-        raise
-    except Exception as error:
-        return Finding(False, name, _said(error))
+
+    return {name: partial(finding, name, check) for name, check in checks.items()}
 
 
 def _said(error: Exception) -> str:
@@ -437,6 +514,7 @@ _PLAIN_CHECKS: Mapping[str, Callable[[_Probe], str]] = {
     "delete": _delete,
     "keys-exact": _keys_exact,
 }
+_FIRST = next(iter(_PLAIN_CHECKS))
 
 
 # What a conditional store must do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -213,6 +214,16 @@ def test_a_server_that_does_not_come_back(client: Any) -> None:
     with pytest.raises(redis.ConnectionError) as failed:
         acquire_job_lock(store, UID, VAULT)
     assert "hush" not in str(failed.value)
+
+
+def test_a_server_that_never_answers() -> None:
+    """`joblock doctor` says so when its time is over, though redis-py would wait for long."""
+    with socket.create_server(("127.0.0.1", 0), backlog=20) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        command = [sys.executable, "-m", "joblock", "doctor", "--timeout", "500ms", "--store", url]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "FAIL  read-your-writes: no answer within 0.5 seconds\n" in ran.stdout
 
 
 def test_open_store(server: LocalServer, client: Any) -> None:

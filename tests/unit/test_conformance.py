@@ -6,6 +6,7 @@ import asyncio
 import copy
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import pytest
 from joblock import AsyncBlobStore, Blob, MemoryBlobStore, aio
 from joblock._record import epoch_ms
 from joblock.aio import ThreadedBlobStore
-from joblock.conformance import _CONTENDERS, _RACES, Finding, _Probe, check_store
+from joblock.conformance import _CONTENDERS, _RACES, Finding, _Checking, _Probe, check_store
 from joblock.stores.sqlite import SqliteBlobStore
 from tests.broken_stores import (
     AlwaysCreates,
@@ -71,7 +72,9 @@ from tests.broken_stores import (
     TellsWhatItWasGiven,
     Tombstones,
     WritesThoughItRefuses,
+    in_a_race,
 )
+from tests.holding import poll, threads_named
 from tests.support import (
     AsyncConditionalView,
     AsyncTellingView,
@@ -270,12 +273,10 @@ def test_a_delete_that_wins_a_race_must_delete() -> None:
 
     class NotInThreads(MemoryBlobStore):
         def set_if_match(self, key: str, value: str, etag: str) -> str | None:
-            main = threading.current_thread() is threading.main_thread()
-            return super().set_if_match(key, value, etag) if main else None
+            return None if in_a_race() else super().set_if_match(key, value, etag)
 
         def delete_if_match(self, key: str, etag: str) -> bool:
-            main = threading.current_thread() is threading.main_thread()
-            return super().delete_if_match(key, etag) if main else True
+            return True if in_a_race() else super().delete_if_match(key, etag)
 
     said = failing(check_store(NotInThreads()))["update-or-delete"]
     assert said.startswith("after a race that delete_if_match won, get gave")
@@ -287,7 +288,7 @@ def test_the_calls_of_a_race_start_together() -> None:
 
     class Watched(MemoryBlobStore):
         def set_if_new(self, key: str, value: str) -> str | None:
-            if threading.current_thread() is not threading.main_thread():
+            if in_a_race():
                 races.setdefault(key, set()).add(threading.current_thread())
             return super().set_if_new(key, value)
 
@@ -306,7 +307,7 @@ def test_an_etag_that_nobody_was_told_proves_nothing() -> None:
     class LosesReplies(ReadsEtagThenValue):
         def set_if_match(self, key: str, value: str, etag: str) -> str | None:
             written = super().set_if_match(key, value, etag)
-            if threading.current_thread() is not threading.main_thread():
+            if in_a_race():
                 raise OSError("503")
             return written
 
@@ -478,11 +479,123 @@ def test_a_store_that_only_raises_is_no_crash() -> None:
 def test_no_check_begins_after_the_time_is_over() -> None:
     """It says which were left out; what was written is deleted all the same."""
     store = MemoryBlobStore()
-    findings = check_store(store, timeout_s=0)
-    assert [finding.check for finding in findings] == ALL
-    assert findings[1].ok
-    assert {it.message for it in findings[2:-1]} == {"not tried, since 0 seconds are over"}
-    assert findings[-1].ok
+    probe = _Probe(store)
+
+    def last_in_time() -> Finding:
+        probe.set(probe.new_key(), "x")
+        checking._over.set()
+        return Finding(True, "second", "fine")
+
+    def too_late() -> Finding:
+        raise AssertionError
+
+    checks = {"first": too_late, "second": last_in_time, "third": too_late, "fourth": too_late}
+    checking = _Checking(probe, checks, {"clock": too_late})
+    found = {it.check: (it.ok, it.message) for it in checking.findings(60)}
+    assert found.pop("first")[0] is False
+    assert found == {
+        "second": (True, "fine"),
+        "third": (False, "not tried, since 60 seconds are over"),
+        "fourth": (False, "not tried, since 60 seconds are over"),
+        "clean-up": (True, "all 1 throwaway keys are deleted"),
+        "clock": (True, "not known: not tried, since 60 seconds are over"),
+    }
+    assert list(store) == []
+
+
+class Timed(MemoryBlobStore):
+    """Whose server tells its time, if `told` is a time."""
+
+    def __init__(self, told: Callable[[], tuple[float, float] | None]) -> None:
+        super().__init__()
+        self.told = told
+
+    def server_time_ms(self, key: str) -> tuple[float, float] | None:
+        assert self.get(key) is None
+        return self.told()
+
+
+def assert_is_told_of_a_call_that_hangs(findings: list[Finding]) -> None:
+    over = "not tried, since 0.3 seconds are over"
+    assert [finding.check for finding in findings] == [*ALL, "clock"]
+    (hung,) = [it.check for it in findings if it.message == "no answer within 0.3 seconds"]
+    later = findings[ALL.index(hung) + 1 : -2]
+    assert {finding.message for finding in later} == {over}
+    assert not any(later)
+    *_, clean_up, clock = findings
+    assert clean_up.message.startswith("the store does not answer; to be deleted by hand: index-")
+    assert (clock.ok, clock.message) == (True, f"not known: {over}")
+
+
+def assert_its_thread_ends() -> None:
+    poll(lambda: threads_named("joblock check") == [])
+
+
+def test_a_call_that_hangs_is_not_waited_for() -> None:
+    """Once it has an answer, the keys are deleted all the same."""
+    answers = threading.Event()
+
+    class Hangs(Timed):
+        def set_if_new(self, key: str, value: str) -> str | None:
+            etag = super().set_if_new(key, value)
+            assert answers.wait(60)
+            return etag
+
+    store = Hangs(lambda: None)
+    assert_is_told_of_a_call_that_hangs(check_store(store, timeout_s=0.3))
+    answers.set()
+    assert_its_thread_ends()
+    assert list(store) == []
+
+
+def test_an_async_call_that_hangs_is_not_waited_for() -> None:
+    """Nor does it keep the event loop from its end."""
+
+    class Hangs(aio.AsyncMemoryBlobStore):
+        async def set_if_new(self, key: str, value: str) -> str | None:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def server_time_ms(self, key: str) -> None:
+            raise AssertionError
+
+    assert_is_told_of_a_call_that_hangs(asyncio.run(aio.check_store(Hangs(), timeout_s=0.3)))
+    assert_its_thread_ends()
+
+
+def test_an_interrupt_of_the_caller_ends_it() -> None:
+    """Ctrl-C while a call is under way: no further check begins, and the keys are deleted."""
+    store = MemoryBlobStore()
+    probe = _Probe(store)
+    began = threading.Event()
+
+    def under_way() -> Finding:
+        probe.set(probe.new_key(), "x")
+        began.set()
+        assert checking._over.wait(60)
+        return Finding(True, "first", "fine")
+
+    def too_late() -> Finding:
+        raise AssertionError
+
+    def interrupt() -> None:
+        assert began.wait(60)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    checking = _Checking(probe, {"first": under_way, "second": too_late}, {})
+    before = signal.signal(signal.SIGUSR1, interrupted)
+    main = threading.get_ident()
+    try:
+        sender = threading.Thread(target=interrupt)
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            checking.findings(60)
+        sender.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     assert list(store) == []
 
 
@@ -521,7 +634,7 @@ def test_a_call_that_raises_in_a_race_is_shown() -> None:
     class Limited(MemoryBlobStore):
         def set_if_new(self, key: str, value: str) -> str | None:
             etag = super().set_if_new(key, value)
-            if etag is None and threading.current_thread() is not threading.main_thread():
+            if etag is None and in_a_race():
                 raise OSError("429")
             return etag
 
@@ -637,18 +750,6 @@ def test_it_makes_no_more_requests_than_it_says() -> None:
     most, most_on_plain = map(int, re.findall(r"at most (\d+)", text))
     assert most * 0.9 < conditional.calls <= most
     assert most_on_plain * 0.8 < len(plain.calls) <= most_on_plain
-
-
-class Timed(MemoryBlobStore):
-    """Whose server tells its time, if `told` is a time."""
-
-    def __init__(self, told: Callable[[], tuple[float, float] | None]) -> None:
-        super().__init__()
-        self.told = told
-
-    def server_time_ms(self, key: str) -> tuple[float, float] | None:
-        assert self.get(key) is None
-        return self.told()
 
 
 def fails() -> None:
