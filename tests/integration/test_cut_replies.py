@@ -110,7 +110,7 @@ NAMES = (
 )
 
 # Of those that wait before they give a body up, or ask again, fewer replies are cut.
-SLOWER = {"azure": 5, "netlify-api": 2, **dict.fromkeys(OBJECT_STORES, 2)}
+SLOWER = {"azure": 15, "netlify-api": 2, **dict.fromkeys(OBJECT_STORES, 2)}
 
 # What an SDK leaves open when its reply was cut, it leaves to the garbage collector.
 pytestmark = [

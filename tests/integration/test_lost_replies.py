@@ -74,9 +74,13 @@ class Link:
             body, headers = b'{"__type": "Status%d", "message": "not now"}', {}
         self.proxy.answer(status, body % status, headers, when=when, times=times)
 
-    def skip_the_sdks_own_patience(self) -> None:
+    def be_impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Pause for no time between the requests, as far as that can be said."""
         if self.name == "s3-legacy":
             pytest.skip("boto3's default is patient for long; QUICK and no retries are tried")
+        kind = "object_store" if self.name.startswith("obstore") else self.name.partition("-")[0]
+        retry = import_module(f"joblock.stores.{kind}")._RETRY
+        monkeypatch.setattr(retry, "pauses_s", (0.0,) * len(retry.pauses_s))
 
     def taken(self, ttl_ms: float = 1e6) -> Acquired:
         """Another host's lock."""
@@ -201,9 +205,11 @@ def test_an_error_of_the_server_is_asked_again(link: Link, status: int) -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("committed", [False, True], ids=["refused", "committed"])
-def test_an_error_that_lasts_reaches_the_caller(link: Link, status: int, committed: bool) -> None:
+def test_an_error_that_lasts_reaches_the_caller(
+    link: Link, status: int, committed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither won nor held; and it is not asked for ever."""
-    link.skip_the_sdks_own_patience()
+    link.be_impatient(monkeypatch)
     if committed:
         link.proxy.swallow(is_write)
     link.answer(status, when=is_write, times=1000)
@@ -217,9 +223,11 @@ def test_an_error_that_lasts_reaches_the_caller(link: Link, status: int, committ
 ASKED = {"s3": 2, "dynamodb": 2, "obstore": 4}
 
 
-def test_an_error_that_lasts_is_asked_for_again_so_often(link: Link) -> None:
+def test_an_error_that_lasts_is_asked_for_again_so_often(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Elsewhere three times."""
-    link.skip_the_sdks_own_patience()
+    link.be_impatient(monkeypatch)
     link.answer(503, when=is_write, times=1000)
     with pytest.raises(Exception, match="503"):
         acquire_job_lock(link.store, UID, VAULT)
@@ -299,9 +307,9 @@ def test_a_read_that_is_forbidden_reaches_the_caller(link: Link) -> None:
         peek_job_lock(link.store, UID, VAULT)
 
 
-def test_nobody_answers(link: Link) -> None:
+def test_nobody_answers(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every connection is closed: the SDK's error, or the system's, and nothing is taken."""
-    link.skip_the_sdks_own_patience()
+    link.be_impatient(monkeypatch)
     link.proxy.drop(times=1000)
     with pytest.raises(Exception, match=r".") as raised:
         acquire_job_lock(link.store, UID, VAULT)

@@ -18,6 +18,7 @@ from joblock.stores.sqlite import SqliteBlobStore
 from tests.support import UID
 
 ROUNDS = 300
+ROUNDS_OF_A_SERVER = 60
 CLIENTS = 6
 NOW = 1_000_000
 
@@ -25,9 +26,9 @@ NOW = 1_000_000
 Report = tuple[bool, str | None, float | None]
 
 
-def prepare(store: BlobStore) -> None:
+def prepare(store: BlobStore, rounds: int = ROUNDS) -> None:
     """Every third key is free, every third has an expired lock, every third has junk."""
-    for number in range(ROUNDS):
+    for number in range(rounds):
         vault = f"vault-{number}"
         if number % 3 == 1:
             crashed = acquire_job_lock(store, UID, vault, ttl_ms=1, clock=lambda: NOW - 1)
@@ -36,10 +37,10 @@ def prepare(store: BlobStore) -> None:
             store.set(f"index-jobs/{UID}/{vault}.json", "junk")
 
 
-def compete(store: BlobStore, barrier: threading.Barrier) -> list[Report]:
+def compete(store: BlobStore, barrier: threading.Barrier, rounds: int = ROUNDS) -> list[Report]:
     reports: list[Report] = []
     try:
-        for number in range(ROUNDS):
+        for number in range(rounds):
             barrier.wait()
             result = acquire_job_lock(store, UID, f"vault-{number}", clock=lambda: NOW)
             if result:
@@ -52,10 +53,10 @@ def compete(store: BlobStore, barrier: threading.Barrier) -> list[Report]:
     return reports
 
 
-def send(reports: Any, store: BlobStore, barrier: threading.Barrier) -> None:
+def send(reports: Any, store: BlobStore, barrier: threading.Barrier, rounds: int = ROUNDS) -> None:
     """Report to the parent, which must not wait for ever for a client that failed."""
     try:
-        reports.put(compete(store, barrier))
+        reports.put(compete(store, barrier, rounds))
     except BaseException:
         reports.put(traceback.format_exc())
         raise
@@ -72,22 +73,25 @@ def assert_one_winner_each_round(clients: list[list[Report] | str]) -> None:
     assert len(winners) > 1, "always the same client won: they did not race"
 
 
-def assert_one_winner_of_threads(store: BlobStore) -> None:
-    prepare(store)
+def assert_one_winner_of_threads(store: BlobStore, rounds: int = ROUNDS_OF_A_SERVER) -> None:
+    prepare(store, rounds)
     barrier = threading.Barrier(CLIENTS, timeout=60)
     with ThreadPoolExecutor(CLIENTS) as threads:
-        clients = [threads.submit(compete, store, barrier) for _ in range(CLIENTS)]
+        clients = [threads.submit(compete, store, barrier, rounds) for _ in range(CLIENTS)]
     assert_one_winner_each_round([client.result() for client in clients])
 
 
 def assert_one_winner_of_forks(store: BlobStore) -> None:
     """Of children that have inherited the store from their parent."""
     context = multiprocessing.get_context("fork")
-    prepare(store)
+    prepare(store, ROUNDS_OF_A_SERVER)
     barrier: threading.Barrier = context.Barrier(CLIENTS, timeout=60)
     reports = context.SimpleQueue()
     assert_one_winner_of_processes(
-        [context.Process(target=send, args=(reports, store, barrier)) for _ in range(CLIENTS)],
+        [
+            context.Process(target=send, args=(reports, store, barrier, ROUNDS_OF_A_SERVER))
+            for _ in range(CLIENTS)
+        ],
         reports,
     )
 
@@ -108,7 +112,7 @@ def assert_one_winner_of_processes(
 
 def test_threads_in_memory() -> None:
     """Hundreds of rounds behind a barrier; every loser is shown the winner's record."""
-    assert_one_winner_of_threads(MemoryBlobStore())
+    assert_one_winner_of_threads(MemoryBlobStore(), ROUNDS)
 
 
 def process(path: Path, barrier: threading.Barrier, reports: Any) -> None:
