@@ -327,8 +327,8 @@ class _Checking:
         over = f"not tried, since {timeout_s:g} seconds are over"
         ended = False
         self._going_on.acquire()
-        _start("joblock check", partial(self._work, over))
-        try:
+        try:  # around the start, too: an interrupt there may come when the thread is at work
+            _start("joblock check", partial(self._work, over))
             ended = self._going_on.acquire(timeout=timeout_s)
         finally:
             self._over.set()

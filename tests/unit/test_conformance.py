@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -580,10 +581,16 @@ def test_an_interrupt_of_the_caller_ends_it() -> None:
 
     def interrupt() -> None:
         assert began.wait(60)
-        signal.pthread_kill(main, signal.SIGUSR1)
+        while not came:  # one that comes just before a C call that waits is seen after it
+            signal.pthread_kill(main, signal.SIGUSR1)
+            time.sleep(0.01)
 
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        if not came:
+            came.append(True)
+            raise KeyboardInterrupt
+
+    came: list[bool] = []
 
     checking = _Checking(probe, {"first": under_way, "second": too_late}, {})
     before = signal.signal(signal.SIGUSR1, interrupted)
