@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 import joblock
-from joblock import JobLockRecord, Lost, Renewed
-from tests.support import KEY, UID, VAULT, Api, Clock, PlainStore, acquired, held
+from joblock import JobLockRecord, Lost, Renewed, aio, hold_job_lock
+from tests.support import KEY, UID, VAULT, Api, AsyncView, Clock, PlainStore, acquired, held
 
 
 def test_acquire_has_no_etag_and_keeps_the_receipt(api: Api, clock: Clock) -> None:
@@ -77,3 +79,27 @@ def test_two_simultaneous_acquires_both_win(api: Api) -> None:
     outer = acquired(api.acquire(store, UID, VAULT))
     assert outer.job_id != inner[1]
     assert JobLockRecord.from_json(store.blobs[KEY]) == outer.record
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_hold_takes_back_what_a_write_that_failed_may_have_left(kind: str) -> None:
+    """Its job is new, so whatever has its id is its own."""
+
+    class Unanswered(PlainStore):
+        def set(self, key: str, value: str) -> None:
+            super().set(key, value)
+            raise OSError("no answer")
+
+    async def hold_async() -> None:
+        async with aio.hold_job_lock(AsyncView(store), UID, VAULT):
+            raise AssertionError
+
+    def hold() -> None:
+        if kind == "async":
+            asyncio.run(hold_async())
+        hold_job_lock(store, UID, VAULT).__enter__()
+
+    store = Unanswered()
+    with pytest.raises(OSError, match="no answer"):
+        hold()
+    assert store.blobs == {}
