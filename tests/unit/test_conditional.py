@@ -26,6 +26,7 @@ from tests.support import (
 
 TTL = 1000
 WRONG: Any = ({}, "etag")  # a column that is parsed
+NONE: Any = None
 
 
 @pytest.fixture
@@ -430,7 +431,9 @@ class TestARefusalThatTellsWhatIsThere:
         assert api.release(store, UID, VAULT, expected_job_id=won.job_id, etag=won.etag)
         assert store.calls == ["set_if_new_or_get", "set_if_new_or_get", "delete_if_match"]
 
-    @pytest.mark.parametrize("answer", [True, "", 1, Blob("{}", ""), Blob(*WRONG)])
+    @pytest.mark.parametrize(
+        "answer", [True, "", 1, Blob("{}", ""), Blob("{}", NONE), Blob(*WRONG)]
+    )
     def test_a_wrong_answer_is_an_error(self, take: Take, answer: Any) -> None:
         """It must not let everybody win."""
 
