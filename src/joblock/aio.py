@@ -670,14 +670,15 @@ async def _undone_if_cancelled(
             return await work
         work = _in_background(_awaited(work))
     try:
-        await asyncio.wait({work})
+        return await asyncio.shield(work)
     except GeneratorExit:  # nobody runs this any more
         raise
-    except BaseException:  # a cancellation, or what a signal handler raised
-        stop()
+    except BaseException as error:
+        if work.done() and not work.cancelled() and work.exception() is error:
+            raise  # the work's own, and no cancellation
+        stop()  # a cancellation, or what a signal handler raised
         await _patiently(_in_background(_undo(work, undo)), _UNDO_S)
         raise
-    return work.result()
 
 
 async def _awaited(work: Awaitable[_T]) -> _T:

@@ -440,6 +440,37 @@ class TestATask:
 
         asyncio.run(main())
 
+    @pytest.mark.parametrize("kind", ["acquire", "hold"])
+    def test_a_store_call_that_alone_is_cancelled(self, kind: str) -> None:
+        """By who cancels every task but his own: it may have written, so it is undone."""
+        written = asyncio.Event()
+
+        class Slow(aio.AsyncMemoryBlobStore):
+            async def set_if_new(self, key: str, value: str) -> str | None:
+                etag = await super().set_if_new(key, value)
+                written.set()
+                await asyncio.sleep(60)
+                return etag
+
+        async def main() -> None:
+            store = Slow()
+
+            async def job() -> None:
+                if kind == "acquire":
+                    await aio.acquire_job_lock(store, UID, VAULT)
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    raise AssertionError
+
+            task = asyncio.create_task(job())
+            await written.wait()
+            (call,) = asyncio.all_tasks() - {asyncio.current_task(), task}
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert list(store) == []
+
+        asyncio.run(main())
+
     def test_a_scope_that_cancels_in_every_turn_of_the_loop(self) -> None:
         """As anyio's: leaving does not keep the loop busy, and the task releases the lock."""
 
