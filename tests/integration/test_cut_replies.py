@@ -10,10 +10,12 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -109,8 +111,8 @@ NAMES = (
     *DATABASES,
 )
 
-# Of those that wait before they give a body up, or ask again, fewer replies are cut.
-SLOWER = {"azure": 15, "netlify-api": 2, **dict.fromkeys(OBJECT_STORES, 2)}
+# Where not each byte is cut, each Python cuts at others.
+SECOND_CUT = sys.version_info.minor * 45
 
 # What an SDK leaves open when its reply was cut, it leaves to the garbage collector.
 pytestmark = [
@@ -143,6 +145,9 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     except ImportError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(module._RETRY, "pauses_s", (0.0,) * len(module._RETRY.pauses_s))
+    if chosen == "azure":  # the SDK, too, pauses for a second before it asks for a body again
+        download = import_module("azure.storage.blob._download")
+        monkeypatch.setattr(download, "time", SimpleNamespace(sleep=float))
     return chosen
 
 
@@ -176,7 +181,7 @@ class Sweep:
                 cuts += 1
                 if came != true and not isinstance(came[0], Exception):
                     wrong.append(f"{case}: byte {at} of {length}, request {number}: {came}")
-                at += step
+                at = at + step if at else SECOND_CUT % step or step
         return wrong, cuts
 
     def from_request(self, number: int) -> Callable[[object], bool]:
@@ -220,17 +225,17 @@ def report(swept: Sweep, step: int, cases: list[str], times: int = 1) -> None:
         cuts += tried
     print(f"{cuts} cuts, {len(wrong)} wrong answers")
     assert wrong == []
-    assert cuts > 10
+    assert cuts >= 2 * len(cases)
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 67])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 134])
 def test_a_cut_reply_is_answered_truly(name: str, step: int, backends: Backends) -> None:
     """Over plain HTTP; with `--deep` after each byte."""
     with sweep(backends, name) as swept:
-        report(swept, step * SLOWER.get(name, 1), list(CASES))
+        report(swept, step, list(CASES))
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 211])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 422])
 def test_a_cut_reply_over_tls(
     name: str, step: int, backends: Backends, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
