@@ -329,7 +329,7 @@ class _Checking:
         self._going_on.acquire()
         try:  # around the start, too: an interrupt there may come when the thread is at work
             _start("joblock check", partial(self._work, over))
-            ended = self._going_on.acquire(timeout=timeout_s)
+            ended = self._going_on.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
         finally:
             self._over.set()
             if not ended:

@@ -121,6 +121,11 @@ def test_a_good_store_passes_every_check(good: type[MemoryBlobStore]) -> None:
     assert list(store) == ["index-jobs/u/v.json"]
 
 
+def test_all_the_time_in_the_world() -> None:
+    """No bound is a bound, too."""
+    assert failing(check_store(MemoryBlobStore(), timeout_s=float("inf"))) == {}
+
+
 def test_the_sqlite_store_passes_every_check(tmp_path: Path) -> None:
     """Also under its races between threads."""
     with SqliteBlobStore(tmp_path / "jobs.db") as store:
