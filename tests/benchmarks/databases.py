@@ -98,7 +98,7 @@ def _lost_reply(redis: Any, redis_lock: Any, pottery: Any, port: int) -> Iterato
 
 @where_installed("PostgreSQL")
 def on_postgresql(*, quick: bool) -> Iterator[Row]:
-    """Beside the two bare statements by the same engine, and an advisory lock."""
+    """Beside the two bare statements by the same engine, and an advisory lock; and refused."""
     with ExitStack() as stack:
         sa: Any = import_module("sqlalchemy")
         import_module("psycopg")
@@ -133,6 +133,21 @@ def on_postgresql(*, quick: bool) -> Iterator[Row]:
             "advisory lock, which writes nothing": advisory,
         }
         yield from _beside("joblock", cases, quick)
+        acquired(acquire_job_lock(store, UID, "held"))
+        stack.enter_context(bare.connect()).execute(sa.text("SELECT pg_advisory_lock(2)"))
+
+        def refused() -> None:
+            with bare.connect() as connection:
+                connection.execute(sa.text("SELECT pg_try_advisory_lock(2)"))
+
+        yield from _beside(
+            "joblock, refused",
+            {
+                "joblock, refused": lambda: acquire_job_lock(store, UID, "held"),
+                "advisory lock, refused": refused,
+            },
+            quick,
+        )
 
 
 @where_installed("Redis")

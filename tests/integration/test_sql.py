@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from joblock import (
+    Blob,
     acquire_job_lock,
     aio,
     peek_job_lock,
@@ -26,7 +27,7 @@ from joblock import (
     renew_job_lock,
 )
 from joblock.conformance import check_store
-from tests.holding import assert_is_held_natively, assert_outlives_its_server
+from tests.holding import assert_is_held_natively, assert_outlives_its_server, poll
 from tests.integration.test_one_winner import (
     assert_one_winner_of_forks,
     assert_one_winner_of_threads,
@@ -309,6 +310,62 @@ def test_the_async_one(server: LocalServer, engine: Any) -> None:
     asyncio.run(main())
 
 
+def test_a_refused_click(engine: Any) -> None:
+    """One statement in PostgreSQL, which shows who has the lock; two in MariaDB."""
+    store = sql.SqlBlobStore(engine)
+    lock = acquired(acquire_job_lock(store, UID, VAULT))
+    statements: list[object] = []
+
+    def count(*given: object) -> None:
+        statements.append(given)
+
+    sa.event.listen(engine, "before_cursor_execute", count)
+    assert held(acquire_job_lock(store, UID, VAULT)).existing == lock.record
+    assert len(statements) == (1 if engine.dialect.name == "postgresql" else 2)
+
+
+@pytest.fixture
+def on_postgresql(servers: dict[str, LocalServer]) -> Iterator[Any]:
+    made = sa.create_engine(servers["postgresql"].url)
+    store = sql.SqlBlobStore(made, table="contended")
+    store.create_table()
+    yield store
+    store.delete(KEY)
+    made.dispose()
+
+
+def created_during(store: Any, change: str, **values: str) -> Any:
+    """What creating is told that began before another transaction's change was committed."""
+    with store.engine.connect() as other, ThreadPoolExecutor(1) as thread:
+        transaction = other.begin()
+        other.execute(sa.text(change), values)
+        answer = thread.submit(store.set_if_new_or_get, KEY, "mine")
+        poll(lambda: waits(store.engine))
+        transaction.commit()
+        return answer.result()
+
+
+def waits(engine: Any) -> bool:
+    """Whether a statement waits for another's transaction."""
+    with engine.connect() as connection:
+        waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        return bool(connection.execute(waiting).scalar())
+
+
+def test_a_removal_under_way(on_postgresql: Any) -> None:
+    """The row is seen as the statement began, but it is gone: what was written counts."""
+    assert on_postgresql.set_if_new(KEY, "theirs")
+    etag = created_during(on_postgresql, "DELETE FROM contended")
+    assert on_postgresql.get_with_etag(KEY) == Blob(b"mine", etag)
+
+
+def test_a_creation_under_way(on_postgresql: Any) -> None:
+    """The row was not there as the statement began, and is now: refused, and not told."""
+    change = "INSERT INTO contended VALUES (:key, 'theirs', 'an etag')"
+    assert created_during(on_postgresql, change, key=KEY) is None
+    assert on_postgresql.get(KEY) == b"theirs"
+
+
 def test_sqlite(tmp_path: Path) -> None:
     """For tests of a program that has a database elsewhere: a file, sync and async."""
     pytest.importorskip("aiosqlite")
@@ -330,13 +387,13 @@ def test_a_row_that_comes_between(tmp_path: Path) -> None:
     """To set is to update or else to insert, again and again, until one of them has written."""
     store = sql.connect(f"sqlite+pysqlite:///{tmp_path}/jobs.db")
     store.create_table()
-    insert = store._rows.set_if_new
+    insert = store._rows.set_if_new_or_get
 
     def another_was_quicker(key: str, value: str) -> None:
-        store._rows.set_if_new = insert
+        store._rows.set_if_new_or_get = insert
         insert(key, "another's")
 
-    store._rows.set_if_new = another_was_quicker
+    store._rows.set_if_new_or_get = another_was_quicker
     store.set(KEY, "mine")
     assert store.get(KEY) == b"mine"
     store.engine.dispose()

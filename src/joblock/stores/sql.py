@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from .._store import Blob
 from ._etag import is_ours, new_etag
-from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, bounded, missing
+from ._remote import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Pool, Retry, bounded, etag_alone, missing
 
 try:
     from sqlalchemy import (
@@ -154,7 +154,11 @@ class SqlBlobStore:
 
     def set_if_new(self, key: str, value: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if the key exists."""
-        return self._rows.set_if_new(key, value)
+        return etag_alone(self._rows.set_if_new_or_get(key, value))
+
+    def set_if_new_or_get(self, key: str, value: str) -> str | Blob | None:
+        """As `set_if_new`, but where it writes nothing PostgreSQL returns what is there."""
+        return self._rows.set_if_new_or_get(key, value)
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """Write and return the new etag; None, and nothing written, if `etag` is not current."""
@@ -217,7 +221,11 @@ class AsyncSqlBlobStore:
 
     async def set_if_new(self, key: str, value: str) -> str | None:
         """As `SqlBlobStore.set_if_new`."""
-        return await greenlet_spawn(self._rows.set_if_new, key, value)
+        return etag_alone(await self.set_if_new_or_get(key, value))
+
+    async def set_if_new_or_get(self, key: str, value: str) -> str | Blob | None:
+        """As `SqlBlobStore.set_if_new_or_get`."""
+        return await greenlet_spawn(self._rows.set_if_new_or_get, key, value)
 
     async def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         """As `SqlBlobStore.set_if_match`."""
@@ -273,8 +281,13 @@ class _Rows:
         self._insert_tells = name in _INSERTS
         if self._insert_tells:
             # One that fails is an error in PostgreSQL's log, and the rowcount is not told.
-            made = _INSERTS[name](rows).on_conflict_do_nothing()
-            self._insert = made.returning(rows.c.etag)
+            made = _INSERTS[name](rows).values(
+                key=bindparam("key"), value=bindparam("value"), etag=bindparam("etag")
+            )
+            self._insert = made.on_conflict_do_nothing().returning(rows.c.value, rows.c.etag)
+        if name == "postgresql":  # in one statement, also what was there before it
+            new = self._insert.cte("new")
+            self._insert = select(new.c.value, new.c.etag).union_all(self._read)
 
     def __repr__(self) -> str:
         return f"{self._url!r}, table={self._table.name!r}"
@@ -294,20 +307,21 @@ class _Rows:
     def set(self, key: str, value: str) -> None:
         etag = new_etag()
         updated = partial(self._changed, self._update, at=_bounded(key), value=value, etag=etag)
-        while not (self._write(updated, key, value, etag) or self.set_if_new(key, value)):
+        while not (
+            self._write(updated, key, value, etag) or etag_alone(self.set_if_new_or_get(key, value))
+        ):
             pass
 
     def delete(self, key: str) -> None:
         self._retry.ask(partial(self._changed, self._delete, at=_bounded(key)))
 
     def get_with_etag(self, key: str) -> Blob | None:
-        rows = self._ask(self._read, at=_bounded(key))
-        return Blob(rows[0][0].encode(), rows[0][1]) if rows else None
+        return _blob(self._ask(self._read, at=_bounded(key)))
 
-    def set_if_new(self, key: str, value: str) -> str | None:
-        etag = new_etag()
-        inserted = partial(self._inserted, key=_bounded(key), value=value, etag=etag)
-        return self._write(inserted, key, value, etag)
+    def set_if_new_or_get(self, key: str, value: str) -> str | Blob | None:
+        row = {"key": _bounded(key), "value": value, "etag": new_etag()}
+        send = partial(self._inserted, row)
+        return self._retry.write(send, partial(self.get_with_etag, key), value)
 
     def set_if_match(self, key: str, value: str, etag: str) -> str | None:
         new, at = new_etag(), _bounded(key)
@@ -355,13 +369,22 @@ class _Rows:
             result: Any = connection.execute(statement, values)
             return result.rowcount, list(result) if result.returns_rows else []
 
-    def _inserted(self, **row: str) -> bool:
+    def _inserted(self, row: dict[str, str]) -> str | Blob | None:
+        """The etag of what was inserted, or what is there if the database tells it."""
         if self._insert_tells:
-            return bool(self._execute(self._insert, **row)[1])
+            rows = self._execute(self._insert, **row, at=row["key"])[1]
+            # Its own row is in it by this request, or by one before, whose answer was lost.
+            if any(etag == row["etag"] for _, etag in rows):
+                return row["etag"]
+            return _blob(rows)
         try:
-            return self._changed(self._insert, **row)
+            return row["etag"] if self._changed(self._insert, **row) else None
         except IntegrityError:  # the key is there
-            return False
+            return None
+
+
+def _blob(rows: list[Any]) -> Blob | None:
+    return Blob(rows[0][0].encode(), rows[0][1]) if rows else None
 
 
 _TIMES = {
