@@ -133,7 +133,7 @@ def is_conditional(store: object) -> bool:
 
 
 def tells(store: object) -> bool:
-    """Whether it has `set_if_new_or_get`, which must not pass by what overrides `set_if_new`."""
+    """Whether it has `set_if_new_or_get`, and no class overrides `set_if_new` beyond that."""
     store_type: type = type(store)
     return TELLING in getattr(store, "__dict__", ()) or _inherits_telling(store_type)
 
