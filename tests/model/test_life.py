@@ -28,14 +28,13 @@ SEARCHES: Searches = [
         {
             "no record": 2277,
             "taken": 7397,
-            "taken, expired": 9254,
             "a live run": 3509,
-            "a dead run": 9254,
             "ended": 2207,
         },
     ),
 ]
 DEEP: Searches = [
+    (TWO, {"taken, expired": 9254, "a dead run": 9254}),
     (
         TWO_WITH_FAULTS,
         {
