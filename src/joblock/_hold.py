@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import sys
 import threading
+import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
@@ -357,7 +358,7 @@ class _Hold:
         if self._started and not sys.is_finalizing():  # then daemon threads run no more
             # Not `join` alone: in Python 3.11 and 3.12 a thread is over once a join is interrupted.
             if not keeper.kept:
-                self._kept.acquire(timeout=_waitable(keeper.left_s()))
+                _wait_in_turns(self._kept, keeper.left_s())
             if not keeper.kept:  # the lease is over, or `stop_waiting` was called
                 return
             self._thread.join(_waitable(keeper.left_s()))
@@ -408,6 +409,17 @@ def _keep(
         keeper.kept = True
         with contextlib.suppress(RuntimeError):  # nobody waits any more
             kept.release()
+
+
+def _wait_in_turns(lock: threading.Lock, seconds: float) -> None:
+    """Wait so long for the lock.
+
+    A signal that comes just before a C call that waits is handled only after it.
+    """
+    until = time.monotonic() + seconds
+    while (left_s := until - time.monotonic()) > 0:
+        if lock.acquire(timeout=min(left_s, 1)):
+            return
 
 
 def _waitable(seconds: float) -> float:
