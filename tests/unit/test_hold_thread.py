@@ -16,6 +16,7 @@ from joblock import (
     MemoryBlobStore,
     hold_job_lock,
 )
+from joblock._hold import _wait_in_turns
 from tests.holding import (
     BRIEF,
     MINUTE,
@@ -216,3 +217,12 @@ class TestAThread:
         with pytest.raises(RuntimeError, match="has been entered"), hold:
             pytest.fail("entered again")
         assert list(store) == []
+
+
+def test_a_wait_in_turns_ends() -> None:
+    """Without the lock when the time is over, and as soon as it can be had."""
+    lock = threading.Lock()
+    _wait_in_turns(lock, 60)
+    assert lock.locked()
+    _wait_in_turns(lock, 0.01)
+    assert lock.locked()
