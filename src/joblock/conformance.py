@@ -17,7 +17,7 @@ import json
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -219,9 +219,9 @@ class _Probe:
             return False
         return True
 
-    def left(self, why: str) -> Finding:
-        """Say which keys may be left, as far as nobody could look."""
-        return Finding(False, "clean-up", f"{why}; to be deleted by hand: {', '.join(self._keys)}")
+    def not_cleaned_up(self) -> Finding:
+        """Say which keys may be left, where nobody could look."""
+        return _left("the store does not answer", self._keys)
 
     def clean_up(self, untried: str) -> Finding:
         left: dict[str, str] = {}
@@ -237,8 +237,12 @@ class _Probe:
                 left[key] = _said(error)
         if left:
             why = next(iter(left.values()))  # one: each may name its key, and all say the same
-            return Finding(False, "clean-up", f"{why}; to be deleted by hand: {', '.join(left)}")
+            return _left(why, left)
         return Finding(True, "clean-up", f"all {len(self._keys)} throwaway keys are deleted")
+
+
+def _left(why: str, keys: Iterable[str]) -> Finding:
+    return Finding(False, "clean-up", f"{why}; to be deleted by hand: {', '.join(keys)}")
 
 
 class _ConditionalProbe(_Probe):
@@ -340,7 +344,7 @@ class _Checking:
         for name in self._checks:
             if name not in found:
                 found[name], late = Finding(False, name, late), over
-        found.setdefault("clean-up", self._probe.left("the store does not answer"))
+        found.setdefault("clean-up", self._probe.not_cleaned_up())
         for name in self._server:
             found.setdefault(name, Finding(True, name, f"not known: {over}"))
         return [found[name] for name in (*self._checks, "clean-up", *self._server)]
@@ -369,12 +373,10 @@ class _Checking:
                 self._untried = "not tried, since the store did not answer"
 
 
-def _start(name: str, work: Callable[[], object]) -> threading.Thread:
+def _start(name: str, work: Callable[[], object]) -> None:
     """Start a thread that keeps no process from its end."""
     run = partial(contextvars.copy_context().run, work)
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=run, name=name, daemon=True).start()
 
 
 def _finding(name: str, ok: bool, check: Callable[[], Finding]) -> Finding:
