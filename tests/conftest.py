@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -61,3 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if mark in item.keywords:
                     item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """So that a collection looks at what the tests make, and not each time at all the tests."""
+    gc.freeze()

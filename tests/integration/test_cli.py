@@ -26,14 +26,8 @@ from tests.support import KEY, UID, VAULT, held
 JOBLOCK = [sys.executable, "-m", "joblock"]
 DEADLINE_S = 30
 eventually = partial(poll, within_s=DEADLINE_S, every_s=0.01)
-SIGNALS = [
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-]
+FREQUENT_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+RARE_SIGNALS = [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
 
 Process: TypeAlias = "subprocess.Popen[str]"
 Start: TypeAlias = Callable[..., Process]
@@ -78,7 +72,7 @@ def start(store: SqliteBlobStore) -> Iterator[Start]:
 
 def heed_all_signals(but: list[int]) -> None:
     """Whoever started the tests may have them ignored: nohup, or a shell in the background."""
-    for signum in SIGNALS:
+    for signum in [*FREQUENT_SIGNALS, *RARE_SIGNALS]:
         signal.signal(signum, signal.SIG_IGN if signum in but else signal.SIG_DFL)
 
 
@@ -120,7 +114,10 @@ class TestWithoutATerminal:
         assert (result.returncode, result.stdout, result.stderr) == (0, b"\x00\xff\r\n", b"error\n")
         assert store.get(KEY) is None
 
-    @pytest.mark.parametrize("signum", SIGNALS)
+    @pytest.mark.parametrize(
+        "signum",
+        [*FREQUENT_SIGNALS, *(pytest.param(it, marks=pytest.mark.slow) for it in RARE_SIGNALS)],
+    )
     def test_signals_reach_the_command_and_its_children(
         self, start: Start, store: SqliteBlobStore, signum: int
     ) -> None:

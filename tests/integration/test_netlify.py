@@ -306,7 +306,7 @@ def raw_server(*answers: tuple[bytes, ...]) -> Generator[str]:
                     client.recv(10_000)
                     for packet in packets:
                         client.sendall(packet)
-                        time.sleep(0.1)
+                        time.sleep(0.02)
 
         thread = threading.Thread(target=serve, daemon=True)  # a failed test leaves it waiting
         thread.start()

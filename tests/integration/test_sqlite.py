@@ -290,7 +290,7 @@ class TestASignalHandlerThatRaises:
             signal.signal(signal.SIGALRM, end)
             with SqliteBlobStore(sys.argv[1], timeout=0) as store:
                 store.get("k")
-                for _ in range(2000):
+                for _ in range(1000):
                     try:
                         signal.setitimer(signal.ITIMER_REAL, random.uniform(20e-6, 200e-6))
                         while True:
@@ -327,7 +327,7 @@ class TestASignalHandlerThatRaises:
                 os.kill(os.getpid(), signal.SIGINT)
                 writer.execute("COMMIT")
 
-            timer = threading.Timer(0.2, interrupt_then_end_writing)
+            timer = threading.Timer(0.1, interrupt_then_end_writing)
             timer.start()
             try:
                 SqliteBlobStore(sys.argv[1])
@@ -451,9 +451,9 @@ class TestFork:
                     os._exit(0)
                 os.waitpid(pid, 0)
             signal.signal(signal.SIGALRM, fork)
-            timer = threading.Timer(0.3, other.execute, ["COMMIT"])
+            timer = threading.Timer(0.1, other.execute, ["COMMIT"])
             timer.start()
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
             etag = store.set_if_new("k", "x")
             timer.join()
             assert store.get_with_etag("k").etag == etag

@@ -14,6 +14,7 @@ from tests.model.search import exhaustive
 from tests.model.world import INITIAL, Algorithm, Limits, State, World
 
 Searches = list[tuple[tuple[int, Limits], dict[str, int]]]
+LARGE = 4000
 
 # What each search visited when it was last looked at: clients, limits, and the number of states
 # from each start. One that visits much less has gone shallow, and proves less than it says.
@@ -44,12 +45,20 @@ DEEP: Searches = [
 
 
 def cases(always: Searches, deep: Searches) -> list[Any]:
-    """One test for each search and start; the `deep` ones only with `--deep`."""
+    """One test for each search and start; the large ones with `--slow`, `deep` with `--deep`."""
     return [
         pytest.param(
-            *search, start, states, id=f"{search[0]} clients, {search[1]}, {start}", marks=marks
+            *search,
+            start,
+            states,
+            id=f"{search[0]} clients, {search[1]}, {start}",
+            marks=pytest.mark.deep
+            if searches is deep
+            else pytest.mark.slow
+            if states > LARGE
+            else (),
         )
-        for searches, marks in ((always, ()), (deep, (pytest.mark.deep,)))
+        for searches in (always, deep)
         for search, starts in searches
         for start, states in starts.items()
     ]

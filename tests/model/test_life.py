@@ -89,6 +89,7 @@ def test_why_a_run_has_an_id() -> None:
     assert "\n".join(found.brief()) in readme
 
 
+@pytest.mark.slow
 def test_the_broken_runs_are_sound_but_for_what_was_broken() -> None:
     """So it is the one fault that was caught, and not the way they are written."""
     world = World(SOUND, TWO[1])

@@ -8,8 +8,8 @@ from tests.model.broken import BROKEN
 from tests.model.search import drawn
 from tests.model.world import INITIAL, Algorithm, Limits, World
 
-SCHEDULES, DEEP_SCHEDULES = 250, 25_000
-CHUNK = 250
+SCHEDULES, DEEP_SCHEDULES = 100, 25_000
+CHUNK = 100
 CLIENTS = 4
 LIMITS = Limits(operations=8, ticks=6, faults=4, crashes=2)
 STEPS = 120

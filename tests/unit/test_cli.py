@@ -174,7 +174,7 @@ class TestRun:
 
     def test_wait(self, run: Run, store: SqliteBlobStore) -> None:
         """For a lock that is held: until it is free, or the time is over."""
-        put(store, expires_at=epoch_ms() + 300)
+        put(store, expires_at=epoch_ms() + 100)
         status, out, err = run("run", UID, VAULT, "--wait", "1m", "--", "echo", "ran")
         assert (status, out) == (0, "ran\n")
         assert "took over" in err
@@ -409,7 +409,7 @@ class TestRun:
     def test_what_is_left_of_the_group(self, run: Run, store: SqliteBlobStore) -> None:
         """After a signal the lock stays until the leader's children have ended too."""
         peek = f"{sys.executable} -m joblock peek {UID} {VAULT} > /dev/null && echo held"
-        child = f"trap 'sleep 0.3; {peek}; exit' TERM; kill -TERM $J; while :; do sleep 0.05; done"
+        child = f"trap 'sleep 0.1; {peek}; exit' TERM; kill -TERM $J; while :; do sleep 0.05; done"
         script = f"J=$PPID; ({child}); true"
         assert run("run", UID, VAULT, "--", "sh", "-c", script)[:2] == (143, "held\n")
         assert store.get(KEY) is None

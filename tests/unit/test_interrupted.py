@@ -143,6 +143,7 @@ def in_a_task(interrupter: OfThisTask, entering: bool, stored: str | None) -> Ou
 
 
 TAKEN = JobLockRecord("j", UID, VAULT, started_at=5, expires_at=9e15).to_json()
+STORED = [None, pytest.param(TAKEN, marks=pytest.mark.slow)]
 KINDS: dict[str, tuple[Callable[..., Outcome], type[Interrupter]]] = {
     "thread": (in_a_thread, Interrupter),
     "task": (in_a_task, OfThisTask),
@@ -163,7 +164,7 @@ def collected_by_hand() -> Iterator[None]:
 @pytest.mark.parametrize("every_instruction", DETAIL, ids=["lines", "instructions"])
 @pytest.mark.parametrize("entering", [True, False], ids=["entering", "leaving"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stored", [None, TAKEN], ids=["hold", "resume"])
+@pytest.mark.parametrize("stored", STORED, ids=["hold", "resume"])
 def test_interrupted_at_every_step(
     kind: str, stored: str | None, entering: bool, every_instruction: bool
 ) -> None:
