@@ -52,13 +52,12 @@ def cases(always: Searches, deep: Searches) -> list[Any]:
             start,
             states,
             id=f"{search[0]} clients, {search[1]}, {start}",
-            marks=pytest.mark.deep
-            if searches is deep
-            else pytest.mark.slow
-            if states > LARGE
-            else (),
+            marks=large if states > LARGE else small,
         )
-        for searches in (always, deep)
+        for searches, small, large in (
+            (always, (), pytest.mark.slow),
+            (deep, pytest.mark.deep, pytest.mark.deep),
+        )
         for search, starts in searches
         for start, states in starts.items()
     ]
