@@ -12,7 +12,6 @@ import contextlib
 import contextvars
 import sys
 import threading
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from ._locks import view
 from ._protocol import HOLD_TTL_MS, JOB_LOCK_TTL_MS
 from ._record import JobLockRecord, JsonValue, epoch_ms
 from ._store import BlobStore, run
+from ._waiting import wait_in_turns, waitable
 
 
 class OwnedJobLock:
@@ -358,10 +358,10 @@ class _Hold:
         if self._started and not sys.is_finalizing():  # then daemon threads run no more
             # Not `join` alone: in Python 3.11 and 3.12 a thread is over once a join is interrupted.
             if not keeper.kept:
-                _wait_in_turns(self._kept, keeper.left_s())
+                wait_in_turns(self._kept, keeper.left_s())
             if not keeper.kept:  # the lease is over, or `stop_waiting` was called
                 return
-            self._thread.join(_waitable(keeper.left_s()))
+            self._thread.join(waitable(keeper.left_s()))
         run(keeper.finish())
 
 
@@ -384,14 +384,14 @@ def left_s(lock: OwnedJobLock) -> float:
 
 async def _pause(timer: Timer | None, ended: threading.Lock, seconds: float) -> None:
     if timer is None:
-        ended.acquire(timeout=_waitable(seconds))
+        wait_in_turns(ended, seconds)
     else:
         timer.pause(seconds)
 
 
 async def _sleep(timer: Timer | None, ended: threading.Lock, seconds: float) -> None:
     if timer is None:
-        ended.acquire(timeout=_waitable(seconds))
+        ended.acquire(timeout=waitable(seconds))
     else:
         timer.sleep(seconds, ended)
 
@@ -409,18 +409,3 @@ def _keep(
         keeper.kept = True
         with contextlib.suppress(RuntimeError):  # nobody waits any more
             kept.release()
-
-
-def _wait_in_turns(lock: threading.Lock, seconds: float) -> None:
-    """Wait so long for the lock.
-
-    A signal that comes just before a C call that waits is handled only after it.
-    """
-    until = time.monotonic() + seconds
-    while (left_s := until - time.monotonic()) > 0:
-        if lock.acquire(timeout=min(left_s, 1)):
-            return
-
-
-def _waitable(seconds: float) -> float:
-    return min(seconds, threading.TIMEOUT_MAX)

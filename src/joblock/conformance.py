@@ -37,6 +37,7 @@ from ._store import (
     tells,
 )
 from ._value import Value, assign
+from ._waiting import wait_in_turns
 
 __all__ = ["Finding", "check_store"]
 
@@ -333,11 +334,11 @@ class _Checking:
         self._going_on.acquire()
         try:  # around the start, too: an interrupt there may come when the thread is at work
             _start("joblock check", partial(self._work, over))
-            ended = self._going_on.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
+            ended = wait_in_turns(self._going_on, timeout_s)
         finally:
             self._over.set()
             if not ended:
-                self._going_on.acquire(timeout=min(timeout_s, _CLEANING_UP_S))
+                wait_in_turns(self._going_on, min(timeout_s, _CLEANING_UP_S))
         if self._raised is not None:
             raise self._raised
         found, late = dict(self._found), f"no answer within {timeout_s:g} seconds"

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from joblock import (
     MemoryBlobStore,
     hold_job_lock,
 )
-from joblock._hold import _wait_in_turns
+from joblock._waiting import wait_in_turns
 from tests.holding import (
     BRIEF,
     MINUTE,
@@ -222,7 +223,21 @@ class TestAThread:
 def test_a_wait_in_turns_ends() -> None:
     """Without the lock when the time is over, and as soon as it can be had."""
     lock = threading.Lock()
-    _wait_in_turns(lock, 60)
+    assert wait_in_turns(lock, 60)
     assert lock.locked()
-    _wait_in_turns(lock, 0.01)
+    assert not wait_in_turns(lock, 0.01)
     assert lock.locked()
+
+
+def test_no_turn_is_longer_than_a_second() -> None:
+    """A signal that came just before one is not seen sooner."""
+    turns: list[float] = []
+
+    class Busy:
+        def acquire(self, timeout: float) -> bool:
+            turns.append(timeout)
+            return len(turns) == 3
+
+    lock: Any = Busy()
+    assert wait_in_turns(lock, 60)
+    assert turns == [1, 1, 1]

@@ -30,6 +30,7 @@ FLOORS = [
     "_results",
     "_store",
     "_protocol",
+    "_waiting",
     "_lease",
     "_locks",
     "_hold",
