@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +20,16 @@ import pytest
 
 from joblock import (
     Blob,
+    JobLockLostError,
     acquire_job_lock,
     aio,
+    hold_job_lock,
     peek_job_lock,
     release_job_lock,
     renew_job_lock,
 )
 from joblock.conformance import check_store
+from joblock.testing import ManualClock
 from tests.holding import assert_is_held_natively, assert_outlives_its_server, poll
 from tests.integration.test_one_winner import (
     assert_one_winner_of_forks,
@@ -94,6 +97,24 @@ def test_every_isolation_level(server: LocalServer, engine: Any, level: str | No
     whole_life(store)
     assert_one_winner_of_threads(store)
     made.dispose()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its own engine", "the jobs' engine"])
+def test_jobs_that_keep_all_connections(server: LocalServer, engine: Any, own: bool) -> None:
+    """Nothing renews where none is left for it; an engine of its own is what the README advises."""
+    bound: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
+    jobs = sa.create_engine(server.url, **bound)
+    locks = sa.create_engine(server.url, **bound) if own else jobs
+    clock = ManualClock()
+    with nullcontext() if own else pytest.raises(JobLockLostError) as caught:
+        hold = hold_job_lock(sql.SqlBlobStore(locks), UID, VAULT, clock=clock)
+        with hold as lock, jobs.connect():
+            clock.advance(120_000)
+            assert lock.lost is not own
+    if caught is not None:
+        assert isinstance(caught.value.__cause__, sa.exc.TimeoutError)
+    locks.dispose()
+    jobs.dispose()
 
 
 def test_every_check(engine: Any) -> None:

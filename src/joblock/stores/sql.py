@@ -114,6 +114,9 @@ class SqlBlobStore:
     be committed. A request that had no answer is sent again, three times at most; then what
     SQLAlchemy raises reaches the caller.
 
+    Jobs that keep connections while they run may leave none for their own renewals, and lose their
+    locks: then give the store an engine of its own, with `pool_size=1`.
+
     Safe from any thread. In a child after fork the engine's pool is dropped before the first call,
     without closing the parent's connections.
     """
