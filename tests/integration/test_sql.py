@@ -449,6 +449,7 @@ def test_engines_that_are_refused() -> None:
         (sa.exc.OperationalError("", {}, Exception("gone")), True),
         (sa.exc.InterfaceError("", {}, Exception("closed")), True),
         (sa.exc.InternalError("", {}, Exception(1020, "changed")), True),
+        (sa.exc.DatabaseError("", {}, SimpleNamespace(sqlstate="HY000", args=(1205, ""))), True),
         (sa.exc.DBAPIError("", {}, SimpleNamespace(sqlstate="40001")), True),
         (sa.exc.DBAPIError("", {}, SimpleNamespace(sqlstate="40P01")), True),
         (sa.exc.DBAPIError("", {}, Exception("cut"), connection_invalidated=True), True),

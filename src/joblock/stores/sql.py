@@ -450,10 +450,9 @@ _GIVEN_UP = {"40001", "40P01", 1205, 1213, 1020}
 
 def _unanswered(error: Exception) -> bool:
     if isinstance(error, DBAPIError):
-        said: Any = error.orig
-        code = getattr(said, "sqlstate", None) or next(iter(getattr(said, "args", ())), None)
+        codes = {getattr(error.orig, "sqlstate", None), *getattr(error.orig, "args", ())[:1]}
         broken = isinstance(error, (OperationalError, InterfaceError))
-        return broken or error.connection_invalidated or code in _GIVEN_UP
+        return broken or error.connection_invalidated or not codes.isdisjoint(_GIVEN_UP)
     return isinstance(error, (OSError, TimeoutError))
 
 
