@@ -394,7 +394,7 @@ class Keeper:
                 "job %r could not renew %r: %s; %d ms of its lease are left",
                 self.lease.job_id,
                 self.key,
-                _told(error),
+                _log.told(error),
                 self.lease.deadline - now,
             )
         else:
@@ -462,7 +462,7 @@ class Keeper:
         """Take in that the thread or task ended otherwise than by its own rules."""
         self.lease.failure = error
         _log.error(
-            "job %r does not renew %r any more: %s", self.lease.job_id, self.key, _told(error)
+            "job %r does not renew %r any more: %s", self.lease.job_id, self.key, _log.told(error)
         )
 
     def end(self) -> None:
@@ -500,28 +500,8 @@ def log_unreleased(job_id: str | None, key: str, why: BaseException | str) -> No
         "job %r could not release %r: %s; the lease will expire",
         job_id,
         key,
-        why if isinstance(why, str) else _told(why),
+        why if isinstance(why, str) else _log.told(why),
     )
-
-
-def _told(error: BaseException) -> str:
-    """What a log may say of an error: its type, and what is known to hold no secret."""
-    kind = type(error)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if kind.__module__ == "sqlite3":
-        return f"{name}: {error}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{name}: {error.strerror}"
-    status = _status(error)
-    return name if status is None else f"{name}: status {status}"
-
-
-def _status(error: Any) -> int | None:
-    """The HTTP status under the names that Netlify's, Azure's, Google's and boto3's errors have."""
-    told = [getattr(error, name, None) for name in ("status", "status_code", "code")]
-    with contextlib.suppress(AttributeError, LookupError, TypeError):
-        told.append(error.response["ResponseMetadata"]["HTTPStatusCode"])
-    return next((int(status) for status in told if isinstance(status, int)), None)
 
 
 class Once:
