@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -399,11 +400,15 @@ def test_the_store_is_called_in_the_callers_context(hold: Hold) -> None:
 
 
 class Status(Exception):  # noqa: N818
-    """As Netlify's, Azure's and Google's errors."""
+    """As the SDKs' errors."""
 
     def __init__(self, **attributes: object) -> None:
         super().__init__("https://store.example/?signature=secret")
         vars(self).update(attributes)
+
+
+RedisError = type("RedisError", (Exception,), {"__module__": "redis.exceptions"})
+REFUSED = {"Error": {"Code": "ThrottlingException"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
 
 
 @pytest.mark.parametrize(
@@ -416,6 +421,14 @@ class Status(Exception):  # noqa: N818
         (Status(code=412), "Status: status 412;"),
         (Status(response={"ResponseMetadata": {"HTTPStatusCode": 500}}), "Status: status 500;"),
         (Status(response={"Error": {}}), "Status; "),
+        (Status(response=REFUSED), "Status: status 400, ThrottlingException;"),
+        (Status(error_code="ServerBusy", status_code=503), "Status: status 503, ServerBusy;"),
+        (Status(error_code="https://secret"), "Status; "),
+        (Status(orig=SimpleNamespace(args=(1021, "secret"), sqlstate="HY000")), "Status: 1021;"),
+        (Status(orig=SimpleNamespace(args=("secret",), sqlstate="53100")), "Status: 53100;"),
+        (Status(orig=SimpleNamespace(args=("secret",), sqlstate=None)), "Status; "),
+        (RedisError("MISCONF secret"), "RedisError: MISCONF;"),
+        (RedisError("Error secret"), "RedisError; "),
         (Status(), "Status; "),
     ],
     ids=lambda it: "" if isinstance(it, str) else type(it).__name__,
