@@ -849,8 +849,9 @@ class ThreadedBlobStore:
 
     The threads, 32 at most, are its own: jobs that fill asyncio's default executor do not keep a
     renewal waiting. They start when they are needed, and end with the store, with `close()`, or
-    with the process, which waits for calls that are under way. In a child after fork there are
-    new ones. `executor` is for threads of your own, which you close.
+    with the main thread, which waits for calls that are under way; for a job that outlives it, the
+    calls go on in its own thread. In a child after fork there are new ones. `executor` is for
+    threads of your own, which you close.
     """
 
     def __init__(self, store: BlobStore, *, executor: Executor | None = None) -> None:
@@ -903,8 +904,20 @@ class _Threads:
         self._pid = os.getpid()
 
     def begin(self, function: Callable[[], _T]) -> asyncio.Future[_T]:
-        work = partial(contextvars.copy_context().run, function)
-        return asyncio.get_running_loop().run_in_executor(self._executor(), work)
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        try:
+            return loop.run_in_executor(self._executor(), partial(context.run, function))
+        except RuntimeError as error:
+            if self._given is not None or "cannot schedule new futures" not in str(error):
+                raise
+        # Executors end with the main thread, and Python 3.12 starts no thread any more, but a job
+        # in another thread's event loop may still run, and is to keep its lock.
+        answer: asyncio.Future[_T] = loop.create_future()
+        try:
+            answer.set_result(context.run(function))
+        except Exception as error:
+            answer.set_exception(error)
+        return answer
 
     def calling(self, method: Callable[_P, _T]) -> _Async[_P, _T]:
         async def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:

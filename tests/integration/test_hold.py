@@ -179,6 +179,50 @@ def test_a_generator_that_python_ends_at_its_own_end(tmp_path: Path, kept_by: st
         assert peek_job_lock(store, "u", "v") is None
 
 
+AFTER_THE_MAIN_THREAD = {
+    "sync": """
+    def job():
+        with joblock.hold_job_lock(store, "u", "v", renew_every_ms=5) as lock:
+            entered.set()
+            threading.main_thread().join()
+            until_renewed(lock)
+    """,
+    "async": """
+    class Gone(SqliteBlobStore):
+        def get(self, key):
+            raise OSError("gone")
+
+    async def main():
+        threaded = aio.ThreadedBlobStore(store)
+        async with aio.hold_job_lock(threaded, "u", "v", renew_every_ms=5) as lock:
+            entered.set()
+            threading.main_thread().join()
+            first, until = lock.record, time.monotonic() + 30
+            while lock.record == first:
+                assert time.monotonic() < until
+                await asyncio.sleep(0.001)
+        try:
+            await aio.peek_job_lock(aio.ThreadedBlobStore(Gone(sys.argv[1])), "u", "v")
+        except OSError as error:
+            assert str(error) == "gone"
+
+    def job():
+        asyncio.run(main())
+    """,
+}
+
+
+@pytest.mark.parametrize("kind", AFTER_THE_MAIN_THREAD)
+def test_a_job_that_outlives_the_main_thread(kind: str, tmp_path: Path) -> None:
+    """Python ends its executors with the main thread, and then waits for other threads."""
+    code = "\nentered = threading.Event()\n" + textwrap.dedent(AFTER_THE_MAIN_THREAD[kind])
+    code += "\nthreading.Thread(target=job).start()\nentered.wait(30)\n"
+    result = run_python(code, "sqlite", tmp_path / "jobs.db")
+    assert (result.returncode, result.stderr) == (0, "")
+    with SqliteBlobStore(tmp_path / "jobs.db") as store:
+        assert list(store.list_keys("")) == []
+
+
 @pytest.mark.slow
 def test_a_killed_holder_is_taken_over_within_one_ttl(tmp_path: Path) -> None:
     """It renewed beyond its first lease, was killed, and the next holder sees whose lock it was."""

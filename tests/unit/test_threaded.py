@@ -203,6 +203,43 @@ def test_threads_of_ones_own_are_left_to_their_owner() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def refuse(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    def submit(*_args: object) -> None:
+        raise RuntimeError(why)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+
+
+@pytest.mark.parametrize("after", ["interpreter shutdown", "shutdown"])
+def test_once_python_has_ended_its_executors(after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call is made all the same, in the caller's thread; tests/integration has a real end."""
+
+    class Failing(MemoryBlobStore):
+        def get(self, key: str) -> str:
+            raise OSError(key)
+
+    async def main() -> None:
+        store = Failing()
+        await aio.ThreadedBlobStore(store).set(KEY, "x")
+        assert list(store) == [KEY]
+        with pytest.raises(OSError, match=KEY):
+            await aio.ThreadedBlobStore(store).get(KEY)
+        with pytest.raises(RuntimeError, match="cannot schedule"):
+            await aio.ThreadedBlobStore(store, executor=ThreadPoolExecutor()).get(KEY)
+
+    refuse(monkeypatch, f"cannot schedule new futures after {after}")
+    asyncio.run(main())
+
+
+def test_a_machine_without_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that cannot start a thread may still make the call later: it is not made twice."""
+    store = MemoryBlobStore()
+    refuse(monkeypatch, "can't start new thread")
+    with pytest.raises(RuntimeError, match="can't start"):
+        asyncio.run(aio.ThreadedBlobStore(store).set(KEY, "x"))
+    assert list(store) == []
+
+
 def test_a_forked_child_has_threads_of_its_own() -> None:
     """The parent's are not in it: a call would wait for them for ever."""
     store = aio.ThreadedBlobStore(MemoryBlobStore())
