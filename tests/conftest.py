@@ -67,3 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """So that a collection looks at what the tests make, and not each time at all the tests."""
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Hypothesis looks for referrers in its summary, where there is such a plugin."""
+    gc.unfreeze()
