@@ -195,7 +195,8 @@ class Keeper:
     written once, by `enter`. `begun` is written by whoever enters, when the block is about to run;
     until then leaving takes back what was written. `ended` and `requeue_ms` are written by whoever
     leaves, and read by the thread or task that renews; `kept` the other way round, when that thread
-    ends. `_tried` is written by whoever releases, and read by whoever leaves. `_releasing` is
+    ends. `_asked`, that the store may have been asked for a release, and `_tried`, that it has
+    answered or failed, are written by whoever releases, and read by whoever leaves. `_releasing` is
     locked while someone does, for the one case in which two may: a thread whose start was
     interrupted may run all the same.
     """
@@ -256,6 +257,7 @@ class Keeper:
         self._loss_unlogged = threading.Lock()
         self._releasing = threading.Lock()
         self._writing: tuple[JobLockRecord, JobLockRecord | None] | None = None
+        self._asked = False
         self._tried = False
         self._process = os.getpid()
 
@@ -426,8 +428,9 @@ class Keeper:
                 )
             return
         lease = self.lease
+        again, self._asked = self._asked, True
         if self.requeue_ms is not None:
-            requeued = await _protocol.requeue(
+            answer = await _protocol.requeue(
                 self._store,
                 *self._ids,
                 run=lease.record,
@@ -436,7 +439,7 @@ class Keeper:
                 at_least_ms=self._at_least_ms,
                 clock=self._clock,
             )
-            lost = requeued.reason if isinstance(requeued, Lost) else None
+            lost = answer if isinstance(answer, Lost) else None
         else:
             released = await _protocol.release(
                 self._store,
@@ -448,9 +451,13 @@ class Keeper:
                 at_least_ms=self._at_least_ms,
                 clock=self._clock,
             )
-            lost = released.reason
-        if lost is not None:
-            lease.lose(lost, None)
+            lost = None if released.reason is None else Lost(released.reason, None)
+        if lost is None:
+            return
+        found = None if lost.current is None else lost.current.job_id
+        if again and (lost.reason == "lock_already_gone" or found == lease.job_id):
+            return  # it was released, or requeued, by the try that was interrupted
+        lease.lose(lost.reason, None)
 
     def requeue(self, ttl_ms: float) -> None:
         """Have the lock left to the job's next run, instead of being released."""

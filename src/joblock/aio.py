@@ -834,6 +834,10 @@ async def _keep(keeper: Keeper, ended: asyncio.Event) -> None:
     except asyncio.CancelledError as error:
         if not keeper.ended:
             keeper.died(error)
+        elif left_s := keeper.left_s():  # an event loop that shuts down cancels every task once
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await keeper.finish()
         raise
     except Exception as error:
         keeper.died(error)

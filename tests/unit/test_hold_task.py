@@ -511,11 +511,14 @@ class TestATask:
 
         run(main)
 
-    def test_a_release_that_goes_on_while_the_event_loop_shuts_down(self) -> None:
+    @pytest.mark.parametrize("cancelled", ["entering", "leaving"])
+    def test_a_release_that_goes_on_while_the_event_loop_shuts_down(self, cancelled: str) -> None:
         """It cancels every task once; the release is tried again, and awaited."""
+        releasing = asyncio.Event()
 
         class SlowToRelease(AsyncConditionalView):
             async def delete_if_match(self, key: str, etag: str) -> bool:
+                releasing.set()
                 await asyncio.sleep(0.01)
                 return await super().delete_if_match(key, etag)
 
@@ -527,6 +530,8 @@ class TestATask:
                     pass
 
             task = asyncio.create_task(job())
+            if cancelled == "leaving":
+                await releasing.wait()
             while not task.done():
                 await asyncio.sleep(0)
                 task.cancel()
@@ -534,6 +539,33 @@ class TestATask:
         with contextlib.suppress(asyncio.CancelledError):
             asyncio.run(main())
         assert asyncio.run(store.get(KEY)) is None
+
+    def test_a_release_that_is_cancelled_once_it_is_done(self) -> None:
+        """By who cancels all tasks but his own: what it has done is not taken for a loss."""
+
+        class SlowToAnswer(AsyncConditionalView):
+            async def delete_if_match(self, key: str, etag: str) -> bool:
+                deleted = await super().delete_if_match(key, etag)
+                if deleted:
+                    released.set()
+                    await asyncio.Event().wait()
+                return deleted
+
+        released = asyncio.Event()
+        store = SlowToAnswer(MemoryBlobStore())
+
+        async def main() -> None:
+            async def job() -> None:
+                async with aio.hold_job_lock(store, UID, VAULT):
+                    pass
+
+            task = asyncio.create_task(job())
+            await released.wait()
+            for other in asyncio.all_tasks() - {task, asyncio.current_task()}:
+                other.cancel()
+            await task
+
+        asyncio.run(main())
 
     @pytest.mark.parametrize("closed", [True, False])
     def test_left_in_another_event_loop(self, closed: bool) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from joblock import (
     JobLockLostError,
+    JobLockRecord,
     MemoryBlobStore,
+    acquire_job_lock,
     hold_job_lock,
+    peek_job_lock,
+    resume_job_lock,
 )
 from joblock._waiting import wait_in_turns
 from tests.holding import (
@@ -33,6 +39,7 @@ from tests.support import (
     KEY,
     UID,
     VAULT,
+    acquired,
 )
 
 
@@ -85,6 +92,49 @@ class TestAThread:
         with pytest.raises(SystemExit), hold_job_lock(store, UID, VAULT):
             pass
         assert_logged(caplog, "ERROR")
+
+    @pytest.mark.parametrize("requeues", [False, True], ids=["release", "requeue"])
+    @pytest.mark.parametrize("taken_over", [False, True])
+    def test_a_release_that_exits_the_thread_once_it_is_done(
+        self, requeues: bool, taken_over: bool
+    ) -> None:
+        """What it has done is not taken for a loss; what another has done since then is one."""
+        rival = JobLockRecord("rival", UID, VAULT, started_at=1, expires_at=9e15).to_json()
+
+        class Exits(MemoryBlobStore):
+            leaving = False
+
+            def exit_once(self) -> None:
+                if self.leaving:
+                    self.leaving = False
+                    if taken_over:
+                        self.set(KEY, rival)
+                    raise SystemExit
+
+            def set_if_match(self, key: str, value: str, etag: str) -> str | None:
+                written = super().set_if_match(key, value, etag)
+                self.exit_once()
+                return written
+
+            def delete_if_match(self, key: str, etag: str) -> bool:
+                deleted = super().delete_if_match(key, etag)
+                self.exit_once()
+                return deleted
+
+        store = Exits()
+        times = itertools.count()  # so that no two tries write the same deadline
+        clock = partial(next, times)
+        job_id = acquired(acquire_job_lock(store, UID, VAULT, clock=clock)).job_id
+        with (
+            pytest.raises(JobLockLostError) if taken_over else contextlib.nullcontext(),
+            resume_job_lock(store, UID, VAULT, expected_job_id=job_id, clock=clock) as lock,
+        ):
+            if requeues:
+                lock.requeue()
+            store.leaving = True
+        left = peek_job_lock(store, UID, VAULT)
+        expected = "rival" if taken_over else job_id if requeues else None
+        assert (None if left is None else left.job_id) == expected
 
     def test_a_hanging_renewal(self, caplog: pytest.LogCaptureFixture) -> None:
         """The loss is noticed while it hangs, and leaving does not wait for it."""
