@@ -429,6 +429,8 @@ REFUSED = {"Error": {"Code": "ThrottlingException"}, "ResponseMetadata": {"HTTPS
         (Status(orig=SimpleNamespace(args=("secret",), sqlstate=None)), "Status; "),
         (RedisError("MISCONF secret"), "RedisError: MISCONF;"),
         (RedisError("Error secret"), "RedisError; "),
+        (Status(status_code="READONLY"), "Status: READONLY;"),
+        (RuntimeError("SECRET of ours"), "RuntimeError; "),
         (Status(), "Status; "),
     ],
     ids=lambda it: "" if isinstance(it, str) else type(it).__name__,

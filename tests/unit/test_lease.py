@@ -242,7 +242,7 @@ class TestInSimulatedTime:
         simulation.job(LEASE - 1)
         assert not simulation.lock.lost
         assert levels(caplog) == ["WARNING"] * 9
-        assert "could not release" in caplog.messages[-1]
+        assert f"job {simulation.lock.job_id!r} could not release" in caplog.messages[-1]
         assert "secret" not in caplog.text
 
     @pytest.mark.slow
