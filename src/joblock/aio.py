@@ -690,8 +690,10 @@ async def _undo(work: asyncio.Future[Any], undo: Callable[[], Coroutine[Any, Any
         await asyncio.wait({work})
         await undo()
     except asyncio.CancelledError:  # an event loop that shuts down cancels every task once
-        await asyncio.wait({work})
-        await undo()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_UNDO_S):
+                await asyncio.wait({work})
+                await undo()
     with contextlib.suppress(BaseException):
         work.exception()  # or asyncio complains that nobody looked
 
@@ -834,9 +836,9 @@ async def _keep(keeper: Keeper, ended: asyncio.Event) -> None:
     except asyncio.CancelledError as error:
         if not keeper.ended:
             keeper.died(error)
-        elif left_s := keeper.left_s():  # an event loop that shuts down cancels every task once
+        elif left_s := keeper.left_s():  # as in _undo
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(min(left_s, _UNDO_S)):
                     await keeper.finish()
         raise
     except Exception as error:

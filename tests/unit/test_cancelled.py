@@ -146,3 +146,34 @@ def test_nothing_is_left_behind(
         turn += 1
     assert turn > TURNS * 2, "it was not cancelled"
     assert [(record.name, record.getMessage()) for record in caplog.records] == []
+
+
+@pytest.mark.parametrize("job", IS_FREE)
+def test_a_store_that_does_not_answer_keeps_no_loop_from_its_end(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the release, but only so long."""
+    waited = False
+
+    class Hangs(AsyncConditionalView):
+        async def set_if_new(self, key: str, value: str) -> str | None:
+            etag = await super().set_if_new(key, value)
+            await turns()
+            return etag
+
+        async def delete_if_match(self, key: str, etag: str) -> bool:
+            nonlocal waited
+            await asyncio.sleep(20)
+            waited = True
+            return await super().delete_if_match(key, etag)
+
+    async def main() -> None:
+        task = asyncio.create_task(job(Hangs(MemoryBlobStore()), ""))
+        await turns(3 if job is acquires else 2 * TURNS)
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(aio, "_UNDO_S", 0.01)
+    asyncio.run(main())
+    assert not waited
