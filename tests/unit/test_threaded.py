@@ -201,8 +201,6 @@ def test_threads_of_ones_own_are_left_to_their_owner() -> None:
     assert slow.threads == ["mine_0"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def refuse(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     def submit(*_args: object) -> None:
         raise RuntimeError(why)
@@ -240,6 +238,8 @@ def test_a_machine_without_another_thread(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(store) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own() -> None:
     """The parent's are not in it: a call would wait for them for ever."""
     store = aio.ThreadedBlobStore(MemoryBlobStore())
