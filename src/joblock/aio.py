@@ -686,14 +686,14 @@ async def _awaited(work: Awaitable[_T]) -> _T:
 
 
 async def _undo(work: asyncio.Future[Any], undo: Callable[[], Coroutine[Any, Any, object]]) -> None:
-    try:
+    async def undone() -> None:
         await asyncio.wait({work})
         await undo()
+
+    try:
+        await undone()
     except asyncio.CancelledError:  # an event loop that shuts down cancels every task once
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_UNDO_S):
-                await asyncio.wait({work})
-                await undo()
+        await _within(_UNDO_S, undone())
     with contextlib.suppress(BaseException):
         work.exception()  # or asyncio complains that nobody looked
 
@@ -812,22 +812,23 @@ class _Hold:
 
 async def _pause(timer: Timer | None, ended: asyncio.Event, seconds: float) -> None:
     if timer is None:
-        await _wait(ended, seconds)
+        await _within(seconds, ended.wait())
     else:
         await timer.pause_async(seconds)
 
 
 async def _sleep(timer: Timer | None, ended: asyncio.Event, seconds: float) -> None:
     if timer is None:
-        await _wait(ended, seconds)
+        await _within(seconds, ended.wait())
     else:
         await timer.sleep_async(seconds, ended)
 
 
-async def _wait(ended: asyncio.Event, seconds: float) -> None:
+async def _within(seconds: float, work: Awaitable[object]) -> None:
+    """Wait for it, and end it when the time is over."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            await ended.wait()
+            await work
 
 
 async def _keep(keeper: Keeper, ended: asyncio.Event) -> None:
@@ -837,9 +838,7 @@ async def _keep(keeper: Keeper, ended: asyncio.Event) -> None:
         if not keeper.ended:
             keeper.died(error)
         elif left_s := keeper.left_s():  # as in _undo
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left_s, _UNDO_S)):
-                    await keeper.finish()
+            await _within(min(left_s, _UNDO_S), keeper.finish())
         raise
     except Exception as error:
         keeper.died(error)

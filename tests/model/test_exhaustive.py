@@ -14,7 +14,7 @@ from tests.model.search import exhaustive
 from tests.model.world import INITIAL, Algorithm, Limits, State, World
 
 Searches = list[tuple[tuple[int, Limits], dict[str, int]]]
-LARGE = 4000
+LARGE = 4000  # states: beyond that a search is too slow to be run each time
 
 # What each search visited when it was last looked at: clients, limits, and the number of states
 # from each start. One that visits much less has gone shallow, and proves less than it says.

@@ -35,6 +35,11 @@ from tests.support import (
 )
 
 
+async def hold_for_a_moment(store: AsyncConditionalView) -> None:
+    async with aio.hold_job_lock(store, UID, VAULT):
+        pass
+
+
 class AsyncFlaky(AsyncConditionalView):
     """An async store whose renewals or releases wait for an event of the test."""
 
@@ -525,11 +530,7 @@ class TestATask:
         store = SlowToRelease(MemoryBlobStore())
 
         async def main() -> None:
-            async def job() -> None:
-                async with aio.hold_job_lock(store, UID, VAULT):
-                    pass
-
-            task = asyncio.create_task(job())
+            task = asyncio.create_task(hold_for_a_moment(store))
             if cancelled == "leaving":
                 await releasing.wait()
             while not task.done():
@@ -555,11 +556,7 @@ class TestATask:
         store = SlowToAnswer(MemoryBlobStore())
 
         async def main() -> None:
-            async def job() -> None:
-                async with aio.hold_job_lock(store, UID, VAULT):
-                    pass
-
-            task = asyncio.create_task(job())
+            task = asyncio.create_task(hold_for_a_moment(store))
             await released.wait()
             for other in asyncio.all_tasks() - {task, asyncio.current_task()}:
                 other.cancel()
